@@ -1,0 +1,7 @@
+// pyfastpeft._C: one register_<folder>(m) per folder of csrc/.
+#include "common/bind.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "pyfastpeft's compiled kernels; use pyfastpeft.ops or torch.ops.pyfastpeft";
+  pyfastpeft::register_common(m);
+}

@@ -1,0 +1,27 @@
+// What every *_bind.cpp uses. Tensors arrive as data_ptr() integers: the compiled code knows no torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "common/check.h"
+#include "common/dtype.h"
+
+namespace pyfastpeft {
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+// A tensor's memory. Refuses null where there are values: the data_ptr() of a fake or meta tensor is 0.
+template <typename T>
+T* pointer(Address address, std::int64_t numel, const char* op, const char* name) {
+  check(address != 0 || numel == 0, op, ": ", name, " has no memory (a fake or meta tensor?), expected ", numel,
+        " values; call through torch.ops.pyfastpeft, which has an implementation for such tensors");
+  return reinterpret_cast<T*>(address);
+}
+
+void register_common(py::module_& m);
+void register_nf4(py::module_& m);
+
+}  // namespace pyfastpeft

@@ -1,0 +1,1 @@
+"""pyfastpeft: parameter-efficient fine-tuning at the speed of the hardware."""

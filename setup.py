@@ -1,6 +1,8 @@
-"""Drives CMake and ninja; every source and flag is in CMakeLists.txt, all metadata in pyproject.toml."""
+"""Drives CMake and ninja: sources and flags are in CMakeLists.txt, metadata in pyproject.toml."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_support"))
+
+from pyfastpeft_build import find_nvcc  # noqa: E402
+
+
+def cached(build, name):
+    """A variable of an earlier configuration in this folder; None if there was none."""
+    try:
+        text = (build / "CMakeCache.txt").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(rf"^{name}:\w+=(.*)$", text, re.MULTILINE)
+    return found.group(1) if found else None
 
 
 class CMakeBuild(build_ext):
@@ -19,15 +34,29 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        nvcc, why_not = find_nvcc()
+        # CMake cannot change a compiler in place, and a source folder that was moved or copied brings a foreign cache.
+        stale = cached(build, "CMAKE_HOME_DIRECTORY") not in (None, str(ROOT)) or (
+            build.exists() and (cached(build, "CMAKE_CUDA_COMPILER") or "") != (nvcc or "")
+        )
+        if stale:
+            shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-        ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        subprocess.run(
+            [
+                "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+                f"-DCMAKE_CUDA_COMPILER={nvcc or ''}",
+                f"-DPYFASTPEFT_NO_CUDA_REASON={why_not}",
+                f"-DPYFASTPEFT_CUDA_ARCHS={os.environ.get('PYFASTPEFT_CUDA_ARCHS', '')}",
+            ],
+            check=True,
+        )  # fmt: skip
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 
 setup(ext_modules=[Extension("pyfastpeft._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

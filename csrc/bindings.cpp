@@ -4,4 +4,5 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "pyfastpeft's compiled kernels; use pyfastpeft.ops or torch.ops.pyfastpeft";
   pyfastpeft::register_common(m);
+  pyfastpeft::register_nf4(m);
 }

@@ -1,0 +1,116 @@
+// Python's way to the 4-bit kernels. Every size is checked here, once, for all backends of an op.
+#include <string>
+
+#include "common/bind.h"
+#include "nf4/nf4.h"
+
+namespace pyfastpeft {
+namespace {
+
+QuantType quant_type(const std::string& name, const char* op) {
+  if (name == "nf4") return QuantType::nf4;
+  if (name == "fp4") return QuantType::fp4;
+  throw std::invalid_argument(message(op, ": quant_type is '", name, "', expected 'nf4' or 'fp4'"));
+}
+
+void check_blocksize(std::int64_t blocksize, const char* op) {
+  check(is_blocksize(blocksize), op, ": blocksize is ", blocksize,
+        ", expected a power of two from 32 to 4096 (bitsandbytes' default is 64)");
+}
+
+DType dtype_of(int code, const char* op) {
+  check(code >= int(DType::f32) && code <= int(DType::bf16), op, ": dtype code is ", code,
+        ", expected 0 (float32), 1 (float16) or 2 (bfloat16)");
+  return DType(code);
+}
+
+void check_count(std::int64_t got, std::int64_t expected, const char* op, const char* name, const std::string& why) {
+  check(got == expected, op, ": ", name, " has ", got, " values, expected ", expected, " (= ", why, ")");
+}
+
+std::int64_t quantize(Address weight, int dtype, std::int64_t n, std::int64_t blocksize, const std::string& type,
+                      Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel) {
+  const char* op = "quantize_4bit";
+  check(n >= 0, op, ": the weight has ", n, " values");
+  check_blocksize(blocksize, op);
+  const QuantType quant = quant_type(type, op);
+  check_count(packed_numel, packed_bytes(n), op, "packed", message("(", n, " + 1) / 2"));
+  check_count(absmax_numel, block_count(n, blocksize), op, "absmax", message("ceil(", n, " / blocksize ", blocksize, ")"));
+  const DType weight_dtype = dtype_of(dtype, op);
+  const void* w = pointer<void>(weight, n, op, "weight");
+  auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
+  auto* a = pointer<float>(absmax, absmax_numel, op, "absmax");
+  const py::gil_scoped_release release;
+  return nf4_quantize_cpu(w, weight_dtype, n, blocksize, quant, p, a);
+}
+
+std::int64_t quantize_absmax(Address absmax, std::int64_t blocks, float offset, Address nested_map,
+                             std::int64_t map_numel, Address codes, std::int64_t codes_numel, Address nested_absmax,
+                             std::int64_t nested_numel) {
+  const char* op = "quantize_absmax";
+  check_count(map_numel, kNestedMapSize, op, "nested_map", "the entries of an 8-bit map");
+  check_count(codes_numel, blocks, op, "codes", "one per absmax");
+  check_count(nested_numel, block_count(blocks, kNestedBlocksize), op, "nested_absmax",
+              message("ceil(", blocks, " / 256)"));
+  const auto* a = pointer<float>(absmax, blocks, op, "absmax");
+  const auto* map = pointer<float>(nested_map, map_numel, op, "nested_map");
+  auto* c = pointer<std::uint8_t>(codes, codes_numel, op, "codes");
+  auto* nested = pointer<float>(nested_absmax, nested_numel, op, "nested_absmax");
+  const py::gil_scoped_release release;
+  return nf4_quantize_absmax_cpu(a, blocks, offset, map, c, nested);
+}
+
+void dequantize(Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel,
+                Address nested_absmax, std::int64_t nested_numel, Address nested_map, std::int64_t map_numel,
+                Address offset, std::int64_t n, std::int64_t blocksize, const std::string& type, int dtype,
+                Address out, std::int64_t out_numel) {
+  const char* op = "dequantize_4bit";
+  check(n >= 0, op, ": the shape has ", n, " values");
+  check_blocksize(blocksize, op);
+  const QuantType quant = quant_type(type, op);
+  const std::int64_t blocks = block_count(n, blocksize);
+  check_count(packed_numel, packed_bytes(n), op, "packed", message("(", n, " + 1) / 2 bytes"));
+  check_count(absmax_numel, blocks, op, "absmax", message("ceil(", n, " / blocksize ", blocksize, ")"));
+  check_count(out_numel, n, op, "out", "those of the shape");
+  const DType out_dtype = dtype_of(dtype, op);
+  const bool nested = nested_map != 0;
+  Nf4Absmax scales{};
+  if (nested) {
+    check_count(nested_numel, block_count(blocks, kNestedBlocksize), op, "nested_absmax",
+                message("ceil(", blocks, " blocks / 256)"));
+    check_count(map_numel, kNestedMapSize, op, "nested_map", "the entries of an 8-bit map");
+    scales.codes = pointer<std::uint8_t>(absmax, absmax_numel, op, "absmax");
+    scales.nested_absmax = pointer<float>(nested_absmax, nested_numel, op, "nested_absmax");
+    scales.nested_map = pointer<float>(nested_map, map_numel, op, "nested_map");
+    scales.offset = *pointer<float>(offset, 1, op, "offset");
+  } else {
+    scales.plain = pointer<float>(absmax, absmax_numel, op, "absmax");
+  }
+  const auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
+  void* o = pointer<void>(out, out_numel, op, "out");
+  const py::gil_scoped_release release;
+  nf4_dequantize_cpu(p, scales, n, blocksize, quant, out_dtype, o);
+}
+
+}  // namespace
+
+void register_nf4(py::module_& m) {
+  m.def(
+      "nf4_check",
+      [](std::int64_t blocksize, const std::string& type, const std::string& op) {
+        check_blocksize(blocksize, op.c_str());
+        quant_type(type, op.c_str());
+      },
+      py::arg("blocksize"), py::arg("quant_type"), py::arg("op"));
+  m.def("nf4_quantize_cpu", &quantize, py::arg("weight"), py::arg("dtype"), py::arg("n"), py::arg("blocksize"),
+        py::arg("quant_type"), py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"), py::arg("absmax_numel"));
+  m.def("nf4_quantize_absmax_cpu", &quantize_absmax, py::arg("absmax"), py::arg("blocks"), py::arg("offset"),
+        py::arg("nested_map"), py::arg("map_numel"), py::arg("codes"), py::arg("codes_numel"),
+        py::arg("nested_absmax"), py::arg("nested_numel"));
+  m.def("nf4_dequantize_cpu", &dequantize, py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"),
+        py::arg("absmax_numel"), py::arg("nested_absmax"), py::arg("nested_numel"), py::arg("nested_map"),
+        py::arg("map_numel"), py::arg("offset"), py::arg("n"), py::arg("blocksize"), py::arg("quant_type"),
+        py::arg("dtype"), py::arg("out"), py::arg("out_numel"));
+}
+
+}  // namespace pyfastpeft

@@ -30,7 +30,10 @@ COMPILER_WHEELS = tuple(
     f"{name}=={COMPILER_RELEASE}.*"
     for name in ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-nvvm")
 )
-WAY_OUT = "install a CUDA toolkit (12.4 or newer) and put nvcc on PATH, or set CUDA_HOME, or set PYFASTPEFT_CUDA=1 to compile with the CUDA 13 compiler from PyPI (driver >= 580)"
+WAY_OUT = (
+    "install a CUDA toolkit (12.4 or newer) and put its nvcc on PATH or its folder in CUDA_HOME, or set "
+    "PYFASTPEFT_CUDA=1 to compile with the CUDA 13 compiler from PyPI (its kernels need driver 580 or newer)"
+)
 
 
 def cuda_mode() -> str:

@@ -33,6 +33,18 @@ std::int64_t nf4_quantize_cpu(const void* weight,       // [n] of `dtype`
                               std::uint8_t* packed,     // [packed_bytes(n)]
                               float* absmax);           // [block_count(n, blocksize)]
 
+// Enqueues the same on the current CUDA device. *bad is lowered to the flat position of the first NaN or infinity; the
+// caller has set it to the largest int64 and reads it when the stream has come that far.
+void nf4_quantize_cuda(const void* weight,       // [n] of `dtype`; this and what follows in device memory
+                       DType dtype,              //
+                       std::int64_t n,           //
+                       std::int64_t blocksize,   // values, a power of two in [32, 4096]
+                       QuantType type,           //
+                       std::uint8_t* packed,     // [packed_bytes(n)]
+                       float* absmax,            // [block_count(n, blocksize)]
+                       std::int64_t* bad,        // [1]
+                       void* stream);            // cudaStream_t
+
 // Double quantisation of the blocks' absmax: d = absmax - offset in blocks of 256, nested_absmax = max |d|,
 // code = how many midpoints of neighbouring map entries lie strictly below d · (1 / max(nested_absmax, 1e-38)).
 // Returns the position of the first absmax whose d is NaN or infinite, or -1.

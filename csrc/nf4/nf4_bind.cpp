@@ -2,6 +2,7 @@
 #include <string>
 
 #include "common/bind.h"
+#include "common/cuda_device.h"
 #include "nf4/nf4.h"
 
 namespace pyfastpeft {
@@ -28,8 +29,11 @@ void check_count(std::int64_t got, std::int64_t expected, const char* op, const 
   check(got == expected, op, ": ", name, " has ", got, " values, expected ", expected, " (= ", why, ")");
 }
 
-std::int64_t quantize(Address weight, int dtype, std::int64_t n, std::int64_t blocksize, const std::string& type,
-                      Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel) {
+// Checks what every backend is given, then calls launch(weight, dtype, n, blocksize, type, packed, absmax).
+template <typename Launch>
+auto checked_quantize(Address weight, int dtype, std::int64_t n, std::int64_t blocksize, const std::string& type,
+                      Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel,
+                      Launch launch) {
   const char* op = "quantize_4bit";
   check(n >= 0, op, ": the weight has ", n, " values");
   check_blocksize(blocksize, op);
@@ -41,8 +45,26 @@ std::int64_t quantize(Address weight, int dtype, std::int64_t n, std::int64_t bl
   auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
   auto* a = pointer<float>(absmax, absmax_numel, op, "absmax");
   const py::gil_scoped_release release;
-  return nf4_quantize_cpu(w, weight_dtype, n, blocksize, quant, p, a);
+  return launch(w, weight_dtype, n, blocksize, quant, p, a);
 }
+
+std::int64_t quantize(Address weight, int dtype, std::int64_t n, std::int64_t blocksize, const std::string& type,
+                      Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel) {
+  return checked_quantize(weight, dtype, n, blocksize, type, packed, packed_numel, absmax, absmax_numel,
+                          nf4_quantize_cpu);
+}
+
+#if defined(PYFASTPEFT_WITH_CUDA)
+void quantize_cuda(Address weight, int dtype, std::int64_t n, std::int64_t blocksize, const std::string& type,
+                   Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel, Address bad,
+                   int device, Address stream) {
+  auto* first_bad = pointer<std::int64_t>(bad, 1, "quantize_4bit", "bad");
+  checked_quantize(weight, dtype, n, blocksize, type, packed, packed_numel, absmax, absmax_numel, [&](auto... args) {
+    const DeviceGuard guard(device, "quantize_4bit");
+    nf4_quantize_cuda(args..., first_bad, reinterpret_cast<void*>(stream));
+  });
+}
+#endif
 
 std::int64_t quantize_absmax(Address absmax, std::int64_t blocks, float offset, Address nested_map,
                              std::int64_t map_numel, Address codes, std::int64_t codes_numel, Address nested_absmax,
@@ -104,6 +126,11 @@ void register_nf4(py::module_& m) {
       py::arg("blocksize"), py::arg("quant_type"), py::arg("op"));
   m.def("nf4_quantize_cpu", &quantize, py::arg("weight"), py::arg("dtype"), py::arg("n"), py::arg("blocksize"),
         py::arg("quant_type"), py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"), py::arg("absmax_numel"));
+#if defined(PYFASTPEFT_WITH_CUDA)
+  m.def("nf4_quantize_cuda", &quantize_cuda, py::arg("weight"), py::arg("dtype"), py::arg("n"), py::arg("blocksize"),
+        py::arg("quant_type"), py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"), py::arg("absmax_numel"),
+        py::arg("bad"), py::arg("device"), py::arg("stream"));
+#endif
   m.def("nf4_quantize_absmax_cpu", &quantize_absmax, py::arg("absmax"), py::arg("blocks"), py::arg("offset"),
         py::arg("nested_map"), py::arg("map_numel"), py::arg("codes"), py::arg("codes_numel"),
         py::arg("nested_absmax"), py::arg("nested_numel"));

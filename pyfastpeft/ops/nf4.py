@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from pyfastpeft._native import _C
+from pyfastpeft._native import _C, require_cuda
 from pyfastpeft.ops._library import LIBRARY, dtype_code, register_op
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 from pyfastpeft.reference.nf4 import NESTED_BLOCKSIZE, dynamic_map
@@ -44,11 +44,33 @@ def _quantize_cpu(weight: torch.Tensor, blocksize: int, quant_type: str) -> tupl
         packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(),
     )  # fmt: skip
     if bad >= 0:
-        value = weight.reshape(-1)[bad].item()
-        raise ValueError(
-            f"quantize_4bit: weight{_position(bad, weight.shape)} is {value}, expected finite values "
-            f"(shape {tuple(weight.shape)}); repair the checkpoint, or replace it with torch.nan_to_num"
-        )
+        raise _not_finite(weight, bad)
+    return packed, absmax
+
+
+def _not_finite(weight: torch.Tensor, bad: int) -> ValueError:
+    value = weight.reshape(-1)[bad].item()
+    return ValueError(
+        f"quantize_4bit: weight{_position(bad, weight.shape)} is {value}, expected finite values "
+        f"(shape {tuple(weight.shape)}); repair the checkpoint, or replace it with torch.nan_to_num"
+    )
+
+
+def _quantize_cuda(weight: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    code = _check_weight(weight)
+    weight = weight.contiguous()
+    n = weight.numel()
+    packed = torch.empty(((n + 1) // 2, 1), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(_ceil_div(n, max(blocksize, 1)), dtype=torch.float32, device=weight.device)
+    none = torch.iinfo(torch.int64).max
+    bad = torch.full((1,), none, dtype=torch.int64, device=weight.device)
+    require_cuda("quantize_4bit").nf4_quantize_cuda(
+        weight.data_ptr(), code, n, blocksize, quant_type,
+        packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), bad.data_ptr(),
+        weight.device.index, torch.cuda.current_stream(weight.device).cuda_stream,
+    )  # fmt: skip
+    if (bad := bad.item()) != none:  # waits for the stream: once per weight, when a model is loaded
+        raise _not_finite(weight, bad)
     return packed, absmax
 
 
@@ -190,6 +212,7 @@ def _dequantize_out_fake(
 _quantize = register_op(
     "quantize_4bit(Tensor weight, int blocksize, str quant_type) -> (Tensor packed, Tensor absmax)",
     cpu=_quantize_cpu,
+    cuda=_quantize_cuda,
     fake=_quantize_fake,
 )
 _quantize_absmax = register_op(

@@ -32,8 +32,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
 
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        # One folder for every way to build (wheel, editable, in place), so that each continues the last one's work.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         nvcc, why_not = find_nvcc()
         # CMake cannot change a compiler in place, and a source folder that was moved or copied brings a foreign cache.
         stale = cached(build, "CMAKE_HOME_DIRECTORY") not in (None, str(ROOT)) or (
@@ -48,7 +48,7 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'module'}",
                 f"-DCMAKE_CUDA_COMPILER={nvcc or ''}",
                 f"-DPYFASTPEFT_NO_CUDA_REASON={why_not}",
                 f"-DPYFASTPEFT_CUDA_ARCHS={os.environ.get('PYFASTPEFT_CUDA_ARCHS', '')}",
@@ -57,6 +57,9 @@ class CMakeBuild(build_ext):
         )  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / "module" / target.name, target)
 
 
 setup(ext_modules=[Extension("pyfastpeft._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

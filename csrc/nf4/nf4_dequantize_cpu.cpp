@@ -33,7 +33,7 @@ void dequantize_blocks(const Nf4DequantizeArgs& args, const float* absmax, std::
 }
 
 Nf4DequantizeBlocks* variant() {
-#if 0
+#if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
   if (isa >= CpuIsa::avx512) return nf4_dequantize_blocks_avx512;
   if (isa >= CpuIsa::avx2) return nf4_dequantize_blocks_avx2;

@@ -39,6 +39,7 @@
   0x1.555556p-9f, 0x1.6p-4f, 0x1.aaaaacp-3f, 0x1.2aaaacp-2f, 0x1.aaaaacp-2f, 0x1.2aaaacp-1f, 0x1.aaaaacp-1f
 #define PYFASTPEFT_FP4_ASCENDING 0, 1, 6, 7, 4, 5, 2, 3  // the code of each magnitude, smallest first
 
+// Functions here are static: files compiled for different instruction sets must never share one out-of-line copy.
 namespace pyfastpeft {
 
 enum class QuantType : int { nf4 = 0, fp4 = 1 };
@@ -61,26 +62,25 @@ constexpr float kAbsmaxFloor = 1e-38f;
 constexpr std::uint8_t kNf4Zero = 7;
 constexpr std::uint8_t kFp4Zero = 0;
 
-constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t zero_code(QuantType type) {
+static constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t zero_code(QuantType type) {
   return type == QuantType::nf4 ? kNf4Zero : kFp4Zero;
 }
-constexpr PYFASTPEFT_HOST_DEVICE bool is_blocksize(std::int64_t blocksize) {
+static constexpr PYFASTPEFT_HOST_DEVICE bool is_blocksize(std::int64_t blocksize) {
   return blocksize >= kMinBlocksize && blocksize <= kMaxBlocksize && (blocksize & (blocksize - 1)) == 0;
 }
 // How many bytes and statistics n values need. 64-bit throughout: n may exceed 2^31.
-constexpr PYFASTPEFT_HOST_DEVICE std::int64_t packed_bytes(std::int64_t n) { return n / 2 + n % 2; }
-constexpr PYFASTPEFT_HOST_DEVICE std::int64_t block_count(std::int64_t n, std::int64_t blocksize) {
+static constexpr PYFASTPEFT_HOST_DEVICE std::int64_t packed_bytes(std::int64_t n) { return n / 2 + n % 2; }
+static constexpr PYFASTPEFT_HOST_DEVICE std::int64_t block_count(std::int64_t n, std::int64_t blocksize) {
   return n / blocksize + (n % blocksize != 0);
 }
-constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t pack(std::uint8_t even_code, std::uint8_t odd_code) {
+static constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t pack(std::uint8_t even_code, std::uint8_t odd_code) {
   return static_cast<std::uint8_t>(even_code << 4 | odd_code);
 }
-constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t even_code(std::uint8_t byte) { return byte >> 4; }
-constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t odd_code(std::uint8_t byte) { return byte & 15; }
+static constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t even_code(std::uint8_t byte) { return byte >> 4; }
+static constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t odd_code(std::uint8_t byte) { return byte & 15; }
 
 // The code of a scaled value x in [-1, 1] (no NaN): how many thresholds lie strictly below it. Tables are parameters
 // because device code keeps its own copy in constant memory. `static`: files compiled for different instruction sets
-// must not share one out-of-line copy.
 static constexpr PYFASTPEFT_HOST_DEVICE std::uint8_t encode_nf4(float x, const float* thresholds) {
   int code = 0;
   for (int i = 0; i < 15; ++i) code += thresholds[i] < x;

@@ -49,7 +49,7 @@ std::int64_t quantize_blocks(const Nf4QuantizeArgs& args, std::int64_t begin, st
 }
 
 Nf4QuantizeBlocks* variant() {
-#if 0
+#if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
   if (isa >= CpuIsa::avx512) return nf4_quantize_blocks_avx512;
   if (isa >= CpuIsa::avx2) return nf4_quantize_blocks_avx2;

@@ -1,0 +1,6 @@
+"""Layers: NF4Linear, and the view of a linear base that the methods build on."""
+
+from pyfastpeft.nn.base_linear import BaseLinear, as_base_linear, register_base_linear
+from pyfastpeft.nn.nf4_linear import NF4Linear
+
+__all__ = ["BaseLinear", "NF4Linear", "as_base_linear", "register_base_linear"]

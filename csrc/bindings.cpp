@@ -4,5 +4,7 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "pyfastpeft's compiled kernels; use pyfastpeft.ops or torch.ops.pyfastpeft";
   pyfastpeft::register_common(m);
+  pyfastpeft::register_adamw(m);
+  pyfastpeft::register_ia3(m);
   pyfastpeft::register_nf4(m);
 }

@@ -1,0 +1,40 @@
+// AdamW over a list of tensors in one call. The maths is pyfastpeft/reference/adamw.py.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace pyfastpeft {
+
+constexpr std::int64_t kAdamwBlock = 256;  // values per absmax of the 8-bit state
+
+// One tensor and its state: values in the order of memory, all of one layout.
+struct AdamwTensor {
+  void* param;        // [n] param_dtype
+  const void* grad;   // [n] grad_dtype: f32 or param_dtype
+  void* exp_avg;      // [n] f32, or u8 codes where bits8
+  void* exp_avg_sq;   // the same
+  float* absmax1;     // [ceil(n / 256)] of exp_avg; null unless bits8
+  float* absmax2;     // of exp_avg_sq
+  float* master;      // [n] f32 weights that param is a rounded copy of; null: none
+  float* step;        // [1], incremented
+  std::int64_t n;
+  DType param_dtype, grad_dtype;
+  bool bits8;
+};
+
+struct AdamwOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled;            // AdamW's decay of the weights; false: L2, added to the gradient
+  bool maximize;
+  double grad_scale;         // gradients are divided by it
+  const float* map1;         // [256] ascending levels of exp_avg's codes; null where no tensor is bits8
+  const float* map2;         // [256] of exp_avg_sq's
+  const std::int64_t* seed;  // stochastic rounding of f16 and bf16 params without a master; null: round to nearest
+};
+
+// Threads share the values of all tensors, in units of 256; every value's result is the same for any thread count.
+void adamw_cpu(const AdamwTensor* tensors, std::int64_t count, const AdamwOptions& options);
+
+}  // namespace pyfastpeft

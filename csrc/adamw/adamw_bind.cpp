@@ -1,0 +1,96 @@
+// Python's way to AdamW. The lists arrive as arrays of addresses (buffers of 64-bit integers), one entry per tensor;
+// layouts and dtypes are checked by pyfastpeft/ops/adamw.py, here what memory safety rests on.
+#include <vector>
+
+#include "adamw/adamw.h"
+#include "common/bind.h"
+
+namespace pyfastpeft {
+namespace {
+
+constexpr const char* kOp = "adamw_";
+
+template <typename T>
+const T* items(const py::buffer_info& info, std::int64_t count, const char* name) {
+  check(info.ndim == 1 && info.itemsize == py::ssize_t(sizeof(T)) && info.size == count, kOp, ": the table of ", name,
+        " has ", info.size, " entries of ", info.itemsize, " bytes, expected ", count, " of ", sizeof(T));
+  return static_cast<const T*>(info.ptr);
+}
+
+template <typename T>
+T* at(Address address, std::int64_t numel, const char* name, std::int64_t index) {
+  check(address != 0 || numel == 0, kOp, ": ", name, "[", index, "] has no memory (a fake or meta tensor?), expected ",
+        numel, " values; call through torch.ops.pyfastpeft, which has an implementation for such tensors");
+  return reinterpret_cast<T*>(address);
+}
+
+const float* checked_map(Address address, const char* name) {
+  const float* map = reinterpret_cast<const float*>(address);
+  if (map == nullptr) return nullptr;
+  for (int i = 0; i < 256; ++i)
+    check(i == 0 ? map[0] == map[0] : map[i] >= map[i - 1], kOp, ": ", name, "[", i, "] is ", map[i],
+          ", expected 256 ascending levels; use pyfastpeft.reference.nf4.dynamic_map()");
+  return map;
+}
+
+// kinds: per tensor, bits 0-1 the parameter's dtype code, 2-3 the gradient's, 4: 8-bit state, 5: has a master.
+// absmax1, absmax2 and masters may be None where no tensor has them.
+void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads, const py::buffer& exp_avgs,
+           const py::buffer& exp_avg_sqs, const py::object& absmax1, const py::object& absmax2,
+           const py::object& masters, const py::buffer& steps, const py::buffer& numels, const py::buffer& kinds,
+           double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+           double grad_scale, Address map1, Address map2, Address seed) {
+  const py::buffer_info infos[] = {params.request(), grads.request(), exp_avgs.request(), exp_avg_sqs.request(),
+                                   steps.request(),  numels.request(), kinds.request()};
+  const auto* p = items<Address>(infos[0], count, "params");
+  const auto* g = items<Address>(infos[1], count, "grads");
+  const auto* m = items<Address>(infos[2], count, "exp_avgs");
+  const auto* v = items<Address>(infos[3], count, "exp_avg_sqs");
+  const auto* s = items<Address>(infos[4], count, "steps");
+  const auto* n = items<std::int64_t>(infos[5], count, "numels");
+  const auto* k = items<std::uint8_t>(infos[6], count, "kinds");
+  py::buffer_info optional[3];
+  const Address* extra[3] = {nullptr, nullptr, nullptr};
+  const py::object* given[] = {&absmax1, &absmax2, &masters};
+  const char* names[] = {"absmax1", "absmax2", "masters"};
+  for (int i = 0; i < 3; ++i) {
+    if (given[i]->is_none()) continue;
+    optional[i] = given[i]->cast<py::buffer>().request();
+    extra[i] = items<Address>(optional[i], count, names[i]);
+  }
+  AdamwOptions options{lr,       beta1,      beta2, eps, weight_decay, decoupled,
+                       maximize, grad_scale, checked_map(map1, "qmap1"), checked_map(map2, "qmap2"),
+                       reinterpret_cast<const std::int64_t*>(seed)};
+  std::vector<AdamwTensor> tensors(static_cast<std::size_t>(count));
+  for (std::int64_t i = 0; i < count; ++i) {
+    AdamwTensor& t = tensors[std::size_t(i)];
+    const int param_dtype = k[i] & 3, grad_dtype = (k[i] >> 2) & 3;
+    const bool bits8 = k[i] & 16, master = k[i] & 32;
+    check(n[i] >= 0 && param_dtype < 3 && (grad_dtype == param_dtype || grad_dtype == int(DType::f32)), kOp,
+          ": params[", i, "] has ", n[i], " values and kind ", int(k[i]));
+    check(!bits8 || (extra[0] && extra[1] && options.map1 && options.map2), kOp, ": exp_avgs[", i,
+          "] is 8-bit, expected absmax1, absmax2, qmap1 and qmap2 with it");
+    check(!master || extra[2], kOp, ": params[", i, "] has a master, expected the table of masters");
+    const std::int64_t blocks = bits8 ? (n[i] + kAdamwBlock - 1) / kAdamwBlock : 0;
+    t = {at<void>(p[i], n[i], "params", i),
+         at<const void>(g[i], n[i], "grads", i),
+         at<void>(m[i], n[i], "exp_avgs", i),
+         at<void>(v[i], n[i], "exp_avg_sqs", i),
+         bits8 ? at<float>(extra[0][i], blocks, "absmax1", i) : nullptr,
+         bits8 ? at<float>(extra[1][i], blocks, "absmax2", i) : nullptr,
+         master ? at<float>(extra[2][i], n[i], "masters", i) : nullptr,
+         at<float>(s[i], 1, "steps", i),
+         n[i],
+         DType(param_dtype),
+         DType(grad_dtype),
+         bits8};
+  }
+  const py::gil_scoped_release release;
+  adamw_cpu(tensors.data(), count, options);
+}
+
+}  // namespace
+
+void register_adamw(py::module_& m) { m.def("adamw_cpu", &adamw); }
+
+}  // namespace pyfastpeft

@@ -1,0 +1,27 @@
+// (IA)³ scaling: y[m, d] = x[m, d] · scale[d], and its gradients. Shapes: M tokens, D features.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace pyfastpeft {
+
+// y = x · scale: one fp32 product, rounded once to the dtype.
+void ia3_scale_cpu(const void* x,        // [M, D], rows x_stride elements apart
+                   const float* scale,   // [D]
+                   void* y,              // [M, D], contiguous, same dtype as x
+                   std::int64_t M, std::int64_t D, std::int64_t x_stride, DType dtype);
+
+// grad_x = grad_y · scale and grad_scale[d] = Σ_m grad_y[m, d] · x[m, d] in one pass over both.
+// The sum: fp32 over runs of rows whose bounds depend on M and D alone, then fp64 over the runs; so it does not depend
+// on the thread count, the instruction set or the run.
+void ia3_scale_backward_cpu(const void* grad_y,  // [M, D], rows grad_stride elements apart
+                            const void* x,       // [M, D], rows x_stride elements apart; may be null without grad_scale
+                            const float* scale,  // [D]
+                            void* grad_x,        // [M, D], contiguous; null: not wanted
+                            float* grad_scale,   // [D]; null: not wanted
+                            std::int64_t M, std::int64_t D, std::int64_t grad_stride, std::int64_t x_stride,
+                            DType dtype);
+
+}  // namespace pyfastpeft

@@ -1,0 +1,189 @@
+"""ia3_scale: forward and gradients against fp64, on every instruction set, as a torch op in every guise."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pyfastpeft as pf
+from pyfastpeft.reference import ia3 as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1,), (7,), (1, 1), (1000, 1), (1000, 3), (513, 2), (5, 127), (130, 33), (3, 129, 64), (2, 3, 1025), (300, 2050)]
+
+
+def _inputs(shape, dtype, scale_dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(shape, generator=generator) + 0.5).to(dtype)
+    scale = (torch.randn(shape[-1], generator=generator) + 1).to(scale_dtype)
+    grad = (torch.randn(shape, generator=generator) - 0.25).to(dtype)
+    return x, scale, grad
+
+
+def _run(x, scale, grad):
+    x, scale = x.detach().requires_grad_(), scale.detach().requires_grad_()
+    y = pf.ops.ia3_scale(x, scale)
+    y.backward(grad)
+    return y.detach(), x.grad, scale.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, dtype, isa):
+    x, scale, grad = _inputs(shape, dtype)
+    y, grad_x, grad_scale = _run(x, scale, grad)
+    assert (y.dtype, grad_x.dtype, grad_scale.dtype) == (dtype, dtype, torch.float32)
+    assert torch.equal(y, reference.ia3_scale(x, scale))
+    expected_x, expected_scale = reference.ia3_scale_backward(grad, x, scale)
+    assert torch.equal(grad_x, expected_x)
+    # twice the error of torch's own fp32 sum of the same products
+    products = (grad.float() * x.float()).reshape(-1, shape[-1])
+    truth = (grad.double() * x.double()).reshape(-1, shape[-1]).sum(0)
+    allowed = 2 * (products.sum(0).double() - truth).abs().max() + 1e-7 * truth.abs().max()
+    assert (grad_scale.double() - truth).abs().max() <= allowed
+    torch.testing.assert_close(grad_scale, expected_scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_every_thread_count(dtype, isa):
+    x, scale, grad = _inputs((700, 513), dtype)
+    former = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(_run(x, scale, grad))
+    finally:
+        torch.set_num_threads(former)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_scale_in_the_dtype_of_x():
+    x, scale, grad = _inputs((9, 65), torch.bfloat16, torch.bfloat16)
+    y, _, grad_scale = _run(x, scale, grad)
+    assert torch.equal(y, x * scale)  # one rounding of an exact product: torch's own result
+    assert grad_scale.dtype == torch.bfloat16
+
+
+def test_strided_views():
+    base = torch.randn(40, 6, 70)
+    for x in (base[:, ::2, :33], base.transpose(0, 1), base[..., 1::2], base[:, :, 5], base[:1].expand(4, 6, 70)):
+        scale, grad = torch.randn(x.shape[-1]), torch.randn(1).expand(x.shape)
+        y, grad_x, grad_scale = _run(x, scale, grad)
+        expected_x, expected_scale = reference.ia3_scale_backward(grad, x, scale)
+        assert torch.equal(y, reference.ia3_scale(x, scale)) and torch.equal(grad_x, expected_x)
+        torch.testing.assert_close(grad_scale, expected_scale)
+    y, _, grad_scale = _run(base[0], torch.randn(140)[::2], base[1])
+    assert y.shape == base[0].shape and grad_scale.shape == (70,)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)])
+def test_empty(shape):
+    x, scale, grad = _inputs(shape, torch.float32)
+    y, grad_x, grad_scale = _run(x, scale, grad)
+    assert y.shape == grad_x.shape == shape and torch.equal(grad_scale, torch.zeros(shape[-1]))
+
+
+def test_special_values(isa):
+    x = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45, 3e38, -float("inf"), 1.0, 0.0, 65504.0]])
+    scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 2.0, -1.0, 1e-40, -1.0, 1.0])
+    for dtype in DTYPES:
+        torch.testing.assert_close(
+            pf.ops.ia3_scale(x.to(dtype), scale), (x.to(dtype).float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(0, 300), columns=st.integers(1, 70), seed=st.integers(0, 10**6))
+def test_any_shape(rows, columns, seed):
+    x, scale, grad = _inputs((rows, columns), torch.bfloat16, seed=seed)
+    y, grad_x, grad_scale = _run(x, scale, grad)
+    expected_x, expected_scale = reference.ia3_scale_backward(grad, x, scale)
+    assert torch.equal(y, reference.ia3_scale(x, scale)) and torch.equal(grad_x, expected_x)
+    torch.testing.assert_close(grad_scale, expected_scale, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_wanted():
+    x, scale, grad = _inputs((6, 10), torch.float32)
+    op = torch.ops.pyfastpeft.ia3_scale_backward
+    assert [t.numel() for t in op(grad, x, scale, [False, True])] == [0, 10]
+    assert [t.numel() for t in op(grad, x, scale, [True, False])] == [60, 0]
+    y = pf.ops.ia3_scale(x.requires_grad_(), scale)  # a frozen scale does not keep x alive
+    assert y.grad_fn is not None
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    assert torch.equal(grad_x, grad * scale)
+
+
+def test_opcheck():
+    x, scale, grad = _inputs((4, 10), torch.float32)
+    tests = torch.library.opcheck
+    tests(torch.ops.pyfastpeft.ia3_scale, (x.clone().requires_grad_(), scale.clone().requires_grad_()))
+    tests(torch.ops.pyfastpeft.ia3_scale, (x.bfloat16().requires_grad_(), scale))
+    tests(torch.ops.pyfastpeft.ia3_scale_backward, (grad, x, scale, [True, True]))
+
+
+def test_functional_transforms():
+    x, scale, grad = _inputs((4, 10), torch.float32)
+
+    def loss(x, scale):
+        return (pf.ops.ia3_scale(x, scale) * grad).sum()
+
+    grad_x, grad_scale = torch.func.grad(loss, argnums=(0, 1))(x, scale)
+    torch.testing.assert_close(grad_x, grad * scale)
+    torch.testing.assert_close(grad_scale, (grad * x).sum(0))
+    torch.testing.assert_close(torch.func.vmap(pf.ops.ia3_scale, (0, None))(x, scale), x * scale)
+    scales = torch.randn(3, 10)
+    torch.testing.assert_close(torch.func.vmap(pf.ops.ia3_scale, (None, 0))(x, scales), x * scales[:, None])
+    per_sample = torch.func.vmap(torch.func.grad(lambda s, x, g: (pf.ops.ia3_scale(x, s) * g).sum()), (None, 0, 0))
+    torch.testing.assert_close(per_sample(scale, x, grad), grad * x)
+
+
+def test_second_derivatives():
+    x, scale, grad = (t.requires_grad_() for t in _inputs((4, 5), torch.float32))
+    y = pf.ops.ia3_scale(x, scale)
+    first = torch.autograd.grad(y, (x, scale), grad, create_graph=True)
+    weights = [torch.randn_like(f) for f in first]
+    got = torch.autograd.grad(first, (grad, x, scale), weights)
+    y = x * scale
+    first = torch.autograd.grad(y, (x, scale), grad, create_graph=True)
+    for a, b in zip(got, torch.autograd.grad(first, (grad, x, scale), weights), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_meta_fake_autocast_and_checkpointing():
+    assert pf.ops.ia3_scale(torch.empty(3, 4, device="meta"), torch.empty(4, device="meta")).shape == (3, 4)
+    with FakeTensorMode():
+        x = torch.empty(3, 4, dtype=torch.bfloat16, requires_grad=True)
+        pf.ops.ia3_scale(x, torch.empty(4)).sum().backward()
+        assert x.grad.dtype == torch.bfloat16
+    x, scale, grad = _inputs((6, 10), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):  # as for torch's `*`: x keeps its dtype
+        assert pf.ops.ia3_scale(x, scale).dtype == torch.bfloat16
+        assert pf.ops.ia3_scale(x.float(), scale).dtype == torch.float32
+    for reentrant in (False, True):
+        a, s = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        torch.utils.checkpoint.checkpoint(pf.ops.ia3_scale, a, s, use_reentrant=reentrant).backward(grad)
+        assert torch.equal(s.grad, _run(x, scale, grad)[2])
+
+
+def test_compile():
+    x, scale, grad = _inputs((6, 10), torch.float32)
+    compiled = torch.compile(lambda x, s: pf.ops.ia3_scale(x, s) + 1, fullgraph=True, backend="aot_eager")
+    s = scale.clone().requires_grad_()
+    compiled(x, s).backward(grad)
+    torch.testing.assert_close(s.grad, (grad * x).sum(0))
+
+
+def test_bad_input():
+    x, scale = torch.randn(3, 4), torch.ones(4)
+    with pytest.raises(TypeError, match="x has dtype torch.float64, expected float32, float16 or bfloat16"):
+        pf.ops.ia3_scale(x.double(), scale)
+    with pytest.raises(TypeError, match="scale has dtype torch.float16, expected float32 or x's torch.float32"):
+        pf.ops.ia3_scale(x, scale.half())
+    for bad in (torch.ones(5), torch.ones(4, 1), torch.ones(1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"expected x \[..., D\] and scale \[D\]"):
+            pf.ops.ia3_scale(x, bad)
+    with pytest.raises(ValueError, match="expected x's"):
+        torch.ops.pyfastpeft.ia3_scale_backward(torch.randn(4, 3), x, scale, [True, True])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 
 LIBRARY = torch.library.Library("pyfastpeft", "DEF")
 
@@ -42,7 +43,7 @@ def register_op(
 
     cpu, cuda      the implementations, called below autograd with real tensors of that device
     fake           shapes and dtypes of the outputs from those of the inputs; no data is read
-    setup_context, backward   as in torch.library.register_autograd
+    setup_context, backward   as in torch.library.register_autograd; tensors among the positional arguments only
     autocast       called with (dtype, *args, **kwargs) under autocast; returns (args, kwargs) with the casts made
     """
     LIBRARY.define(schema, tags=tags)
@@ -52,12 +53,52 @@ def register_op(
         LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"pyfastpeft::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"pyfastpeft::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        _register_autograd(name, setup_context, backward)
     base, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.pyfastpeft, base), overload or "default")
     if autocast is not None:
         _register_autocast(name, op, autocast)
     return op
+
+
+def _register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
+    """torch.library.register_autograd, but also under torch.func: its generated Function refuses functorch's transforms.
+
+    The dispatcher calls this kernel once per level of grad, with that level's wrappers; a Function for a single level
+    is all that is needed there.
+    """
+    op = torch._library.utils.lookup_op(f"pyfastpeft::{name}")
+
+    def below(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            *args, keyset = args
+            output = below(keyset, args)
+            filled, _ = torch._library.utils.fill_defaults(op._schema, tuple(args), {})
+            setup_context(ctx, filled, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            result = backward(ctx, *grads)
+            return (*result, None) if isinstance(result, tuple) else (result, None)
+
+    Differentiable.__name__ = Differentiable.__qualname__ = f"{name}_autograd"
+    apply = super(torch.autograd.Function, Differentiable).apply  # past Function.apply's own functorch handling
+
+    def kernel(keyset, *args):
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return below(keyset, args)
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*unwrap_dead_wrappers(args), keyset)
+        with enable_single_level_autograd_function():
+            return apply(*args, keyset)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def _register_autocast(name: str, op: Callable, rule: Callable) -> None:

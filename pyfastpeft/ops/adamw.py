@@ -70,7 +70,12 @@ def _kind(i, param, grad, exp_avg, exp_avg_sq, step, absmax1, absmax2, master, s
     if bits8:
         blocks = -(param.numel() // -BLOCK)
         for name, absmax in (("absmax1", absmax1), ("absmax2", absmax2)):
-            if absmax is None or absmax.dtype != torch.float32 or absmax.numel() != blocks or not absmax.is_contiguous():
+            if (
+                absmax is None
+                or absmax.dtype != torch.float32
+                or absmax.numel() != blocks
+                or not absmax.is_contiguous()
+            ):
                 got = "is missing" if absmax is None else f"is {absmax.dtype} with {absmax.numel()} values"
                 _fail(i, name, got, f"{blocks} contiguous float32 (= ceil({param.numel()} / {BLOCK}))")
     return code | DTYPE_CODES[grad.dtype] << 2 | (_BITS8 if bits8 else 0) | (_MASTER if has_master else 0)

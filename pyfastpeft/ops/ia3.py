@@ -20,7 +20,9 @@ def _check(x: torch.Tensor, scale: torch.Tensor, op: str) -> None:
             "PEFT's (out, 1) and (1, in) vectors are flattened with scale.reshape(-1)"
         )
     if scale.device != x.device:
-        raise ValueError(f"{op}: scale is on {scale.device}, expected x's device {x.device}; move it with .to(x.device)")
+        raise ValueError(
+            f"{op}: scale is on {scale.device}, expected x's device {x.device}; move it with .to(x.device)"
+        )
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -38,7 +40,12 @@ def _scale_cpu(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     matrix, stride = _rows(x)
     scale = scale.float().contiguous()
     _C.ia3_scale_cpu(
-        matrix.data_ptr(), scale.data_ptr(), out.data_ptr(), *matrix.shape, stride, dtype_code(x.dtype, "ia3_scale", "x")
+        matrix.data_ptr(),
+        scale.data_ptr(),
+        out.data_ptr(),
+        *matrix.shape,
+        stride,
+        dtype_code(x.dtype, "ia3_scale", "x"),
     )
     return out
 

@@ -10,7 +10,19 @@ import pyfastpeft as pf
 from pyfastpeft.reference import ia3 as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1,), (7,), (1, 1), (1000, 1), (1000, 3), (513, 2), (5, 127), (130, 33), (3, 129, 64), (2, 3, 1025), (300, 2050)]
+SHAPES = [
+    (1,),
+    (7,),
+    (1, 1),
+    (1000, 1),
+    (1000, 3),
+    (513, 2),
+    (5, 127),
+    (130, 33),
+    (3, 129, 64),
+    (2, 3, 1025),
+    (300, 2050),
+]
 
 
 def _inputs(shape, dtype, scale_dtype=torch.float32, seed=0):
@@ -91,7 +103,11 @@ def test_special_values(isa):
     scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 2.0, -1.0, 1e-40, -1.0, 1.0])
     for dtype in DTYPES:
         torch.testing.assert_close(
-            pf.ops.ia3_scale(x.to(dtype), scale), (x.to(dtype).float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True
+            pf.ops.ia3_scale(x.to(dtype), scale),
+            (x.to(dtype).float() * scale).to(dtype),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
         )
 
 

@@ -6,5 +6,7 @@ PYBIND11_MODULE(_C, m) {
   pyfastpeft::register_common(m);
   pyfastpeft::register_adamw(m);
   pyfastpeft::register_ia3(m);
+  pyfastpeft::register_lora(m);
   pyfastpeft::register_nf4(m);
+  pyfastpeft::register_nf4_matmul(m);
 }

@@ -24,6 +24,8 @@ T* pointer(Address address, std::int64_t numel, const char* op, const char* name
 void register_adamw(py::module_& m);
 void register_common(py::module_& m);
 void register_ia3(py::module_& m);
+void register_lora(py::module_& m);
 void register_nf4(py::module_& m);
+void register_nf4_matmul(py::module_& m);
 
 }  // namespace pyfastpeft

@@ -3,31 +3,10 @@
 
 #include "common/bind.h"
 #include "common/cuda_device.h"
-#include "nf4/nf4.h"
+#include "nf4/nf4_bind.h"
 
 namespace pyfastpeft {
 namespace {
-
-QuantType quant_type(const std::string& name, const char* op) {
-  if (name == "nf4") return QuantType::nf4;
-  if (name == "fp4") return QuantType::fp4;
-  throw std::invalid_argument(message(op, ": quant_type is '", name, "', expected 'nf4' or 'fp4'"));
-}
-
-void check_blocksize(std::int64_t blocksize, const char* op) {
-  check(is_blocksize(blocksize), op, ": blocksize is ", blocksize,
-        ", expected a power of two from 32 to 4096 (bitsandbytes' default is 64)");
-}
-
-DType dtype_of(int code, const char* op) {
-  check(code >= int(DType::f32) && code <= int(DType::bf16), op, ": dtype code is ", code,
-        ", expected 0 (float32), 1 (float16) or 2 (bfloat16)");
-  return DType(code);
-}
-
-void check_count(std::int64_t got, std::int64_t expected, const char* op, const char* name, const std::string& why) {
-  check(got == expected, op, ": ", name, " has ", got, " values, expected ", expected, " (= ", why, ")");
-}
 
 // Checks what every backend is given, then calls launch(weight, dtype, n, blocksize, type, packed, absmax).
 template <typename Launch>
@@ -92,22 +71,10 @@ void dequantize(Address packed, std::int64_t packed_numel, Address absmax, std::
   const QuantType quant = quant_type(type, op);
   const std::int64_t blocks = block_count(n, blocksize);
   check_count(packed_numel, packed_bytes(n), op, "packed", message("(", n, " + 1) / 2 bytes"));
-  check_count(absmax_numel, blocks, op, "absmax", message("ceil(", n, " / blocksize ", blocksize, ")"));
   check_count(out_numel, n, op, "out", "those of the shape");
   const DType out_dtype = dtype_of(dtype, op);
-  const bool nested = nested_map != 0;
-  Nf4Absmax scales{};
-  if (nested) {
-    check_count(nested_numel, block_count(blocks, kNestedBlocksize), op, "nested_absmax",
-                message("ceil(", blocks, " blocks / 256)"));
-    check_count(map_numel, kNestedMapSize, op, "nested_map", "the entries of an 8-bit map");
-    scales.codes = pointer<std::uint8_t>(absmax, absmax_numel, op, "absmax");
-    scales.nested_absmax = pointer<float>(nested_absmax, nested_numel, op, "nested_absmax");
-    scales.nested_map = pointer<float>(nested_map, map_numel, op, "nested_map");
-    scales.offset = *pointer<float>(offset, 1, op, "offset");
-  } else {
-    scales.plain = pointer<float>(absmax, absmax_numel, op, "absmax");
-  }
+  const Nf4Absmax scales = checked_absmax(absmax, absmax_numel, nested_absmax, nested_numel, nested_map, map_numel, offset,
+                                          blocks, message("ceil(", n, " / blocksize ", blocksize, ")"), op);
   const auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
   void* o = pointer<void>(out, out_numel, op, "out");
   const py::gil_scoped_release release;

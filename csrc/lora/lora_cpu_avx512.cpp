@@ -1,0 +1,16 @@
+// The low-rank products on AVX-512.
+#include "lora/lora_kernels.h"
+
+namespace pyfastpeft {
+
+void lora_shrink_rows_avx512(const LoraShrinkArgs& args, std::int64_t begin, std::int64_t end) {
+  lora_shrink_rows<VecAvx512>(args, begin, end);
+}
+void lora_expand_rows_avx512(const LoraExpandArgs& args, std::int64_t begin, std::int64_t end) {
+  lora_expand_rows<VecAvx512>(args, begin, end);
+}
+void lora_accumulate_columns_avx512(const LoraAccumulateArgs& args, std::int64_t begin, std::int64_t end) {
+  lora_accumulate_columns<VecAvx512>(args, begin, end);
+}
+
+}  // namespace pyfastpeft

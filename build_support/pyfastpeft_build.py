@@ -118,3 +118,11 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def get_requires_for_build_editable(config_settings=None):
     return _setuptools.get_requires_for_build_editable(config_settings) + cuda_requirements()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    # setuptools collects the wheel in build/lib* and forgets to remove what an earlier build left there: modules that
+    # no longer exist would be shipped.
+    for folder in Path("build").glob("lib*"):
+        shutil.rmtree(folder)
+    return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)

@@ -9,36 +9,58 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
+import re
 import types
 import warnings
+from pathlib import Path
 
-import torch  # noqa: F401  (first: it loads the OpenMP runtime)
+import torch
 
-__all__ = ["_C", "require_cuda"]
+__all__ = ["_C", "openmp_libraries", "require_cuda"]
+
+
+def openmp_libraries() -> list[str]:
+    """The files of the OpenMP runtimes in this process (GNU's libgomp, Intel's libiomp5, LLVM's libomp)."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp|omp)[^/\s]*\.so\S*)", maps)))
 
 
 def _load() -> types.ModuleType:
     try:
         return importlib.import_module("pyfastpeft._C")
     except ImportError as error:
-        # "undefined symbol: GOMP_parallel": this torch keeps its OpenMP runtime to itself, or uses another one
-        if "undefined symbol: GOMP_" not in str(error) and "undefined symbol: omp_" not in str(error):
+        if not re.search("undefined symbol: (GOMP|omp)_", str(error)):
             raise
-        try:
-            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-        except OSError as missing:
-            raise ImportError(
-                f"pyfastpeft needs GNU OpenMP: torch {torch.__version__} offers none to other modules ({error}), and "
-                f"the system has none ({missing}); install it (Debian, Ubuntu: apt install libgomp1)"
-            ) from None
-        warnings.warn(
-            f"torch {torch.__version__} offers no GNU OpenMP to other modules, so pyfastpeft uses the system's: two "
-            "pools of threads, and torch.set_num_threads does not govern pyfastpeft's (OMP_NUM_THREADS does); "
-            "`pyfastpeft doctor` shows both",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        offer_openmp(str(error))
         return importlib.import_module("pyfastpeft._C")
+
+
+def offer_openmp(error: str) -> None:
+    """Makes a GNU OpenMP runtime's symbols visible to `_C`, for a torch that has not done so.
+
+    torch's own, when it is in the process; the system's, with a warning, when there is none; ImportError without either.
+    """
+    ours = [file for file in openmp_libraries() if os.path.basename(file).startswith("libgomp")]
+    for file in sorted(ours, key=lambda file: not file.startswith(os.path.dirname(os.path.dirname(torch.__file__)))):
+        ctypes.CDLL(file, mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+        return
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_GLOBAL)
+    except OSError as missing:
+        raise ImportError(
+            f"pyfastpeft needs GNU OpenMP: torch {torch.__version__} brings none ({error}), and the system has none "
+            f"({missing}); install it (Debian, Ubuntu: apt install libgomp1)"
+        ) from None
+    warnings.warn(
+        f"torch {torch.__version__} does not use GNU OpenMP, so pyfastpeft uses the system's: two pools of threads, and "
+        "torch.set_num_threads does not govern pyfastpeft's (OMP_NUM_THREADS does); `pyfastpeft doctor` shows both",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 _C = _load()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pyfastpeft._native import _C
+from pyfastpeft._native import _C, openmp_libraries
 from pyfastpeft.build_info import CPU_ISAS, build_info
 
 PACKAGES = (
@@ -100,15 +100,6 @@ def _cpu() -> dict[str, Any]:
 def _cpu_variant(variants: list[str], isa: str) -> str | None:
     usable = [v for v in variants if v in CPU_ISAS and CPU_ISAS.index(v) <= CPU_ISAS.index(isa)]
     return max(usable, key=CPU_ISAS.index) if usable else None
-
-
-def openmp_libraries() -> list[str]:
-    """The files of the OpenMP runtimes mapped into this process (GNU's libgomp, Intel's libiomp5, LLVM's libomp)."""
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    return sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp|omp)[^/\s]*\.so\S*)", maps)))
 
 
 def torch_governs_threads() -> bool:

@@ -51,7 +51,8 @@ py::dict cuda_status_dict() {
   }
   py::list devices;
   for (const CudaDevice& device : status.devices)
-    devices.append(py::dict(py::arg("name") = device.name, py::arg("capability") = py::make_tuple(device.major, device.minor),
+    devices.append(py::dict(py::arg("name") = device.name,
+                            py::arg("capability") = py::make_tuple(device.major, device.minor),
                             py::arg("memory_bytes") = device.memory_bytes));
   result["built"] = true;
   result["runtime_version"] = status.runtime_version;

@@ -9,7 +9,7 @@ namespace pyfastpeft {
 
 struct CudaDevice {
   std::string name;
-  int major, minor;           // compute capability
+  int major, minor;  // compute capability
   std::size_t memory_bytes;
 };
 struct CudaStatus {
@@ -33,8 +33,8 @@ namespace pyfastpeft {
 inline void check_cuda(cudaError_t error, const char* op, const char* step) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // a launch error stays set until it is read, and would be reported again by the next launch
-  throw std::runtime_error(message(op, ": ", step, " failed: ", cudaGetErrorName(error), ": ",
-                                   cudaGetErrorString(error)));
+  throw std::runtime_error(
+      message(op, ": ", step, " failed: ", cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
 }
 
 // Makes `device` the current one and puts the former one back.

@@ -12,8 +12,7 @@ CudaStatus cuda_status() {
     cudaDeviceProp properties;
     error = cudaGetDeviceProperties(&properties, i);
     if (error == cudaSuccess)
-      status.devices.push_back(
-          {properties.name, properties.major, properties.minor, properties.totalGlobalMem});
+      status.devices.push_back({properties.name, properties.major, properties.minor, properties.totalGlobalMem});
   }
   if (status.driver_version == 0)
     status.error = "no driver";

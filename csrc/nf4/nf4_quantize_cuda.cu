@@ -20,8 +20,8 @@ namespace pyfastpeft {
 namespace {
 
 constexpr int kThreads = 256, kWarp = 32;
-constexpr int kPerThread = 8;                // values a thread holds; 4 packed bytes
-constexpr std::int64_t kMaxGrid = 1 << 16;   // thread blocks; they walk over what is left
+constexpr int kPerThread = 8;               // values a thread holds; 4 packed bytes
+constexpr std::int64_t kMaxGrid = 1 << 16;  // thread blocks; they walk over what is left
 constexpr unsigned kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u;
 
 __constant__ float nf4_thresholds[15] = {PYFASTPEFT_NF4_THRESHOLDS};
@@ -84,15 +84,15 @@ __device__ __forceinline__ void store(std::uint8_t* __restrict__ packed, std::in
 
 template <typename T, QuantType kType>
 __global__ void __launch_bounds__(kThreads)
-    nf4_quantize_kernel(const T* __restrict__ weight,           // [n]
-                        std::int64_t n,                         //
-                        int blocksize,                          // values, a power of two in [32, 4096]
-                        int lanes,                              // threads per quantisation block, min(32, blocksize / 8)
-                        bool aligned_weight,                    // 16 bytes
-                        bool aligned_packed,                    // 4 bytes
-                        std::uint8_t* __restrict__ packed,      // [packed_bytes(n)]
-                        float* __restrict__ absmax,             // [block_count(n, blocksize)]
-                        unsigned long long* __restrict__ bad) { // lowered to the position of a NaN or infinity
+    nf4_quantize_kernel(const T* __restrict__ weight,       // [n]
+                        std::int64_t n,                     //
+                        int blocksize,                      // values, a power of two in [32, 4096]
+                        int lanes,                          // threads per quantisation block, min(32, blocksize / 8)
+                        bool aligned_weight,                // 16 bytes
+                        bool aligned_packed,                // 4 bytes
+                        std::uint8_t* __restrict__ packed,  // [packed_bytes(n)]
+                        float* __restrict__ absmax,         // [block_count(n, blocksize)]
+                        unsigned long long* __restrict__ bad) {  // lowered to the position of a NaN or infinity
   const std::int64_t blocks = block_count(n, blocksize);
   const std::int64_t thread = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int lane = threadIdx.x % lanes, step = lanes * kPerThread;

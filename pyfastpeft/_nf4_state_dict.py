@@ -42,7 +42,7 @@ def to_state_dict(q, prefix: str) -> dict[str, torch.Tensor]:
         meta |= {
             "nested_blocksize": NESTED_BLOCKSIZE,
             "nested_dtype": "float32",
-            "nested_offset": q.offset.item(),
+            "nested_offset": 0.0 if q.offset.is_meta else q.offset.item(),  # a meta module names its keys, no more
         }
     packed_meta = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8, device=q.device)
     tensors[f"{_STATE}.bitsandbytes__{q.quant_type}"] = packed_meta

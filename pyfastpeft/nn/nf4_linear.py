@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -181,7 +182,7 @@ class NF4Linear(nn.Module):
             )
         dtype = x.dtype
         bias = self.bias
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
             x = x.to(self.compute_dtype or dtype)
             bias = None if bias is None else bias.to(x.dtype)
             return ops.linear_4bit(x, self.quantized, bias, *lora).to(dtype)
@@ -215,8 +216,7 @@ class NF4Linear(nn.Module):
                 moved = flat.to(moved.device)
             return moved.view(tensor.dtype).reshape(tensor.shape)
 
-        packed = self.weight
-        super()._apply(lambda t: bytes_only(t) if t is packed or t.dtype == torch.uint8 else fn(t), recurse)
+        super()._apply(lambda tensor: bytes_only(tensor) if tensor.dtype == torch.uint8 else fn(tensor), recurse)
         for name in _STATISTICS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, bytes_only(tensor))
@@ -268,7 +268,8 @@ class NF4Linear(nn.Module):
             if (q.blocksize, q.quant_type, q.is_nested) == (mine.blocksize, mine.quant_type, mine.is_nested):
                 self.copy_quantized_(q)
             else:
-                self.adopt_quantized(QuantizedTensor.to(q, self.weight.device))
+                copies = {name: t.to(self.weight.device, copy=True) for name, t in q.tensors().items()}
+                self.adopt_quantized(dataclasses.replace(q, **copies))
 
 
 def _zero_weight(n, k, blocksize, quant_type, double_quant, dtype, device) -> QuantizedTensor:

@@ -88,9 +88,11 @@ class BaseLinear:
         return ops.linear_lora(x, self._weight(), self.bias, lora_a, lora_b, scaling, dropout_p, seed)
 
     def _add_lora(self, y, x, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
-        # a zero weight that takes no memory: the same op, so the same dropout mask and rounding of the LoRA path
-        zero = lora_a.new_zeros((), dtype=y.dtype).expand(self.out_features, self.in_features)
-        return y + ops.linear_lora(x.to(y.dtype), zero, None, lora_a, lora_b, scaling, dropout_p, seed)
+        # S = dropout(x) Aᵀ [..., R] by the same op, so with the same dropout mask: base weight 0, B = identity
+        x = x.to(y.dtype)
+        zero = x.new_zeros(()).expand(lora_a.shape)
+        s = ops.linear_lora(x, zero, None, lora_a, torch.eye(len(lora_a), device=x.device), 1.0, dropout_p, seed)
+        return y + scaling * nn.functional.linear(s, lora_b.to(s.dtype))
 
     def _weight(self) -> torch.Tensor:
         """W [N, K] with its autograd history; dense bases only."""

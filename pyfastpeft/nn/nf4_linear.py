@@ -180,13 +180,10 @@ class NF4Linear(nn.Module):
                 f"NF4Linear: x has dtype {x.dtype}, expected float32, float16 or bfloat16; a model that casts its "
                 "input to weight.dtype needs this layer unquantised (quantize_model(..., skip=...))"
             )
-        dtype = x.dtype
-        bias = self.bias
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
-            x = x.to(self.compute_dtype or dtype)
-            bias = None if bias is None else bias.to(x.dtype)
-            return ops.linear_4bit(x, self.quantized, bias, *lora).to(dtype)
-        return ops.linear_4bit(x, self.quantized, bias, *lora)
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
+        if self.compute_dtype is None or autocast:
+            return ops.linear_4bit(x, self.quantized, self.bias, *lora)
+        return ops.linear_4bit(x.to(self.compute_dtype), self.quantized, self.bias, *lora).to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense layer this one stands for, its weight frozen, in dtype (None: the one the weight had); a copy."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from pyfastpeft.nn.dense import is_conv1d
 from pyfastpeft.nn.nf4_linear import NF4Linear
+from pyfastpeft.nn.nf4_load import copied
 from pyfastpeft.quantized_tensor import QuantizedTensor
 
 _STATE = ".quant_state"
@@ -30,7 +31,7 @@ def load_quantized_state_dict(
     model        dense (nn.Linear or Conv1D where the state dict has 4 bits) or quantised; on the meta device it takes
                  the state dict's tensors themselves, elsewhere it copies them
     state_dict   the keys of csrc/nf4/README.md, as NF4Linear or bitsandbytes' Linear4bit saves them, beside dense ones
-    strict       missing and unexpected keys are an error
+    strict       missing and unexpected keys are an error; the model then has its own layers again
 
     Weights that the model ties and the file holds once are tied again (model.tie_weights, where there is one). Raises
     RuntimeError as load_state_dict does; ValueError for a 4-bit key without a layer of its shape, a damaged weight, and
@@ -38,18 +39,27 @@ def load_quantized_state_dict(
     accelerate.init_empty_weights(include_buffers=False)).
     """
     on_meta = any(p.is_meta for p in model.parameters())
-    modules = dict(model.named_modules())
-    for key in _quantized_keys(state_dict):
-        name = key.removesuffix(".weight")
-        module = modules.get(name)
-        if isinstance(module, NF4Linear):
-            continue
-        new = _quantized_like(module, name, QuantizedTensor.from_state_dict(state_dict, key), compute_dtype, on_meta)
+    new = _new_layers(model, state_dict, compute_dtype, on_meta)
+    old = {name: model.get_submodule(name) for name in new}
+    _replace(model, new)
+    try:
+        _load(model, state_dict, strict, on_meta)
+    except Exception:
+        _replace(model, old)
+        raise
+    return model
+
+
+def _replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new)
+        setattr(model.get_submodule(parent), attribute, layer)
+
+
+def _load(model: nn.Module, state_dict: Mapping[str, Any], strict: bool, on_meta: bool) -> None:
     if not on_meta:
         model.load_state_dict(state_dict, strict=strict)
-        return model
+        return
     result = model.load_state_dict(state_dict, strict=False, assign=True)
     if callable(getattr(model, "tie_weights", None)):
         model.tie_weights()
@@ -66,11 +76,17 @@ def load_quantized_state_dict(
             "checkpoint; build the model's buffers for real, for instance with "
             "accelerate.init_empty_weights(include_buffers=False)"
         )
-    return model
 
 
-def _quantized_keys(state_dict: Mapping[str, Any]) -> list[str]:
-    return sorted({key[: key.index(_STATE)] for key in state_dict if _STATE in key})
+def _new_layers(model: nn.Module, state_dict: Mapping[str, Any], compute_dtype, on_meta: bool) -> dict[str, NF4Linear]:
+    modules = dict(model.named_modules())
+    layers = {}
+    for key in sorted({key[: key.index(_STATE)] for key in state_dict if _STATE in key}):
+        name = key.removesuffix(".weight")
+        if not isinstance(modules.get(name), NF4Linear):
+            q = QuantizedTensor.from_state_dict(state_dict, key)
+            layers[name] = _quantized_like(modules.get(name), name, q, compute_dtype, on_meta)
+    return layers
 
 
 def _quantized_like(module, name: str, q: QuantizedTensor, compute_dtype, on_meta: bool) -> NF4Linear:
@@ -82,8 +98,8 @@ def _quantized_like(module, name: str, q: QuantizedTensor, compute_dtype, on_met
     expected = shape[::-1] if is_conv1d(module) else shape
     if tuple(q.shape) != expected:
         raise ValueError(f"load_quantized_state_dict: {name}.weight has shape {tuple(q.shape)}, expected {expected}")
-    new = NF4Linear.from_quantized(q if on_meta else q.to(module.weight.device), module.bias, compute_dtype)
-    return new.train(module.training)
+    q = q if on_meta else copied(q, module.weight.device)
+    return NF4Linear.from_quantized(q, module.bias, compute_dtype).train(module.training)
 
 
 def _is_empty(model: nn.Module, key: str) -> bool:

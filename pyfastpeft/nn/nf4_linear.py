@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from pyfastpeft import ops
 from pyfastpeft._nf4_state_dict import to_state_dict
 from pyfastpeft.nn.dense import has_own_forward, is_conv1d
-from pyfastpeft.nn.nf4_load import quantized_from_state_dict
+from pyfastpeft.nn.nf4_load import copied, quantized_from_state_dict
 from pyfastpeft.quantized_tensor import DTYPES, QuantizedTensor
 from pyfastpeft.reference.nf4 import NESTED_BLOCKSIZE, dynamic_map
 
@@ -265,8 +264,7 @@ class NF4Linear(nn.Module):
             if (q.blocksize, q.quant_type, q.is_nested) == (mine.blocksize, mine.quant_type, mine.is_nested):
                 self.copy_quantized_(q)
             else:
-                copies = {name: t.to(self.weight.device, copy=True) for name, t in q.tensors().items()}
-                self.adopt_quantized(dataclasses.replace(q, **copies))
+                self.adopt_quantized(copied(q, self.weight.device))
 
 
 def _zero_weight(n, k, blocksize, quant_type, double_quant, dtype, device) -> QuantizedTensor:

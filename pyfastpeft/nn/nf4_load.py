@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ _TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE = "quant_state"
 # bitsandbytes' unpacked form: these stand beside the tensors instead of the packed JSON
 _PLAIN_KEYS = ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset")
+
+
+def copied(q: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """q on that device, in memory of its own."""
+    return dataclasses.replace(q, **{name: tensor.to(device, copy=True) for name, tensor in q.tensors().items()})
 
 
 def quantized_from_state_dict(

@@ -92,7 +92,7 @@ def _check_absmax(absmax: torch.Tensor) -> None:
 
 def _quantize_absmax_cpu(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_absmax(absmax)
-    absmax = absmax.contiguous()
+    absmax = absmax.detach().contiguous()
     blocks = absmax.numel()
     # torch's own mean: its summation order is part of the format
     offset = absmax.mean() if blocks else torch.zeros(())
@@ -230,6 +230,18 @@ for _name in ("quantize_4bit", "quantize_absmax", "dequantize_4bit", "dequantize
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient, by decision and not by accident
 
 
+@_dequantize_out.py_functionalize_impl
+def _dequantize_out_functional(ctx, *args, out: torch.Tensor) -> torch.Tensor:
+    """torch.compile rewrites writes as values, and for an op that returns its argument it has to be told how."""
+    _check_out(out, args[0], *args[7:])
+    with ctx.redispatch_to_next():
+        value = _dequantize(*ctx.unwrap_tensors(args))
+    ctx.replace(out, value)
+    ctx.commit_update(out)
+    ctx.sync(out)
+    return out
+
+
 def quantize_4bit(
     weight: torch.Tensor, blocksize: int = 64, quant_type: str = "nf4", double_quant: bool = False
 ) -> QuantizedTensor:
@@ -271,6 +283,4 @@ def dequantize_4bit(
     args = (*q.flat()[:-1], dtype)
     if out is None:
         return _dequantize(*args)
-    if torch.compiler.is_compiling():  # torch.compile has no out= form of library ops; it removes the copy itself
-        return out.copy_(_dequantize(*args))
     return _dequantize_out(*args, out=out)

@@ -13,7 +13,6 @@ the shape (by QuantizedTensor), and whatever does not fit is named.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +53,9 @@ def fields_from_state_dict(state_dict: Mapping[str, Any], prefix: str) -> dict[s
     if prefix not in state_dict:
         near = sorted(key for key in state_dict if str(key).endswith("absmax"))[:3]
         hint = f"; it has {', '.join(near)}" if near else ""
-        raise ValueError(f"from_state_dict: the state dict has no key {prefix!r}, expected the packed weight there{hint}")
-    items = {key[len(prefix) + 1 :]: value for key, value in state_dict.items() if key.startswith(prefix + ".")}
+        raise ValueError(f"from_state_dict: there is no key {prefix!r}, expected the packed weight{hint}")
+    stem = prefix + "."
+    items = {key[len(stem) :]: value for key, value in state_dict.items() if str(key).startswith(stem)}
     packed = _packed_bytes(state_dict[prefix], prefix)
     if isinstance(items.get(_STATE), (list, tuple)):
         return {"packed": packed, **_from_list(items, prefix)}
@@ -97,8 +97,9 @@ def _nested_fields(items: Mapping[str, Any], meta: Mapping[str, Any], prefix: st
         )
     _choice(meta, "nested_dtype", ("float32",), prefix)
     offset = meta["nested_offset"]
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not math.isfinite(offset):
-        raise ValueError(f"from_state_dict: {prefix}: nested_offset is {offset!r}, expected a finite number")
+    is_number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
+    if not is_number or not abs(offset) <= torch.finfo(torch.float32).max:  # false for NaN too
+        raise ValueError(f"from_state_dict: {prefix}: nested_offset is {offset!r}, expected a finite float32 number")
     nested_absmax = _tensor(items["nested_absmax"], prefix, "nested_absmax")
     return {
         "nested_absmax": nested_absmax,
@@ -126,7 +127,8 @@ def _take_meta(items: dict[str, Any], prefix: str) -> dict[str, Any]:
             )
         meta = _parse_json(items.pop(state_keys[0]), name)
         if meta.get("quant_type") != state_keys[0].rpartition("__")[2]:
-            raise ValueError(f"from_state_dict: {name} says quant_type {meta.get('quant_type')!r}, which its name denies")
+            said = meta.get("quant_type")
+            raise ValueError(f"from_state_dict: {name} says quant_type {said!r}, which its name denies")
     for key in _META_KEYS:
         _require(key in meta, prefix, f"{_STATE}: {key}", "is missing")
     unknown = sorted(meta.keys() - set(_META_KEYS) - set(_NESTED_META_KEYS))
@@ -136,7 +138,7 @@ def _take_meta(items: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _parse_json(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8 or value.dim() != 1:
-        raise TypeError(f"from_state_dict: {name} is {_describe(value)}, expected a 1-D uint8 tensor holding UTF-8 JSON")
+        raise TypeError(f"from_state_dict: {name} is {_describe(value)}, expected a 1-D uint8 tensor of UTF-8 JSON")
     if value.is_meta:
         raise ValueError(f"from_state_dict: {name} is on the meta device and holds no data; load the file on the CPU")
     try:
@@ -149,7 +151,7 @@ def _parse_json(value: Any, name: str) -> dict[str, Any]:
 
 
 def _from_list(items: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """bitsandbytes before 0.41.3: [absmax, shape, dtype, blocksize, None | [offset, [absmax, map, …]], quant_type, …]."""
+    """Old releases: [absmax, shape, dtype, blocksize, None | [offset, [absmax, map, …]], quant_type, maybe the table]."""
     name = f"{prefix}.{_STATE}"
     extra = sorted(items.keys() - {_STATE})
     _require(not extra, prefix, ", ".join(extra), f"stands beside a list-shaped {_STATE}, which holds everything")
@@ -174,7 +176,8 @@ def _from_list(items: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         _check_quant_map(state[6], fields["quant_type"], name)
     if nested is not None:
         if not (isinstance(nested, (list, tuple)) and len(nested) == 2 and isinstance(nested[1], (list, tuple))):
-            raise ValueError(f"from_state_dict: {name}[4] is {_describe(nested)}, expected None or [offset, [absmax, …]]")
+            got = _describe(nested)
+            raise ValueError(f"from_state_dict: {name}[4] is {got}, expected None or [offset, [absmax, …]]")
         offset, inner = nested
         has_map = len(inner) > 1 and isinstance(inner[1], torch.Tensor) and inner[1].numel() == 256
         _require(len(inner) > 0, name, "4", "has no nested absmax")
@@ -241,7 +244,7 @@ def _shape(meta: Mapping[str, Any], prefix: str) -> torch.Size:
     if not isinstance(shape, (list, tuple)) or any(
         isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 1 << 48 for size in shape
     ):
-        raise ValueError(f"from_state_dict: {prefix}: shape is {shape!r}, expected a list of sizes such as [4096, 4096]")
+        raise ValueError(f"from_state_dict: {prefix}: shape is {shape!r}, expected a list of sizes such as [4096, 64]")
     return torch.Size(shape)
 
 

@@ -27,7 +27,7 @@ class QuantizedTensor:
 
     packed         uint8 [(n+1)//2, 1], two codes a byte, the even value in the high nibble; n = prod(shape)
     absmax         float32 [blocks], or its uint8 codes when double-quantised; blocks = ceil(n / blocksize)
-    nested_absmax  float32 [ceil(blocks/256)], nested_map float32 [256], offset float32 []: double quantisation, else None
+    nested_absmax  float32 [ceil(blocks/256)], nested_map float32 [256], offset float32 []: None unless double-quantised
     blocksize      32, 64, … 4096 values of the flat weight;  quant_type  "nf4" or "fp4"
     shape, dtype   those of the weight before quantisation (and of dequantize_4bit's result)
 
@@ -58,7 +58,7 @@ class QuantizedTensor:
         if any(given) != all(given):
             raise ValueError("QuantizedTensor: nested_absmax, nested_map and offset come together or not at all")
         nested = given[0]
-        self._expect("packed", torch.uint8, ((n + 1) // 2, 1), f"[(n + 1)//2, 1] of the {n} values of {tuple(self.shape)}")
+        self._expect("packed", torch.uint8, ((n + 1) // 2, 1), f"[({n} + 1) // 2, 1] of shape {tuple(self.shape)}")
         self._expect("absmax", torch.uint8 if nested else torch.float32, (blocks,), f"ceil({n} / {self.blocksize})")
         if nested:
             nested_blocks = -(blocks // -NESTED_BLOCKSIZE)
@@ -134,7 +134,7 @@ class QuantizedTensor:
         )
 
     def state_dict(self, prefix: str = "weight") -> dict[str, torch.Tensor]:
-        """bitsandbytes' keys: `prefix`, `prefix.absmax`, `prefix.quant_map`, … (csrc/nf4/README.md). Tensors are shared."""
+        """bitsandbytes' keys: `prefix`, `prefix.absmax`, … (csrc/nf4/README.md). The tensors are not copied."""
         return to_state_dict(self, prefix)
 
     @classmethod

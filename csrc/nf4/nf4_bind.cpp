@@ -18,7 +18,8 @@ auto checked_quantize(Address weight, int dtype, std::int64_t n, std::int64_t bl
   check_blocksize(blocksize, op);
   const QuantType quant = quant_type(type, op);
   check_count(packed_numel, packed_bytes(n), op, "packed", message("(", n, " + 1) / 2"));
-  check_count(absmax_numel, block_count(n, blocksize), op, "absmax", message("ceil(", n, " / blocksize ", blocksize, ")"));
+  check_count(absmax_numel, block_count(n, blocksize), op, "absmax",
+              message("ceil(", n, " / blocksize ", blocksize, ")"));
   const DType weight_dtype = dtype_of(dtype, op);
   const void* w = pointer<void>(weight, n, op, "weight");
   auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
@@ -63,8 +64,8 @@ std::int64_t quantize_absmax(Address absmax, std::int64_t blocks, float offset, 
 
 void dequantize(Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel,
                 Address nested_absmax, std::int64_t nested_numel, Address nested_map, std::int64_t map_numel,
-                Address offset, std::int64_t n, std::int64_t blocksize, const std::string& type, int dtype,
-                Address out, std::int64_t out_numel) {
+                Address offset, std::int64_t n, std::int64_t blocksize, const std::string& type, int dtype, Address out,
+                std::int64_t out_numel) {
   const char* op = "dequantize_4bit";
   check(n >= 0, op, ": the shape has ", n, " values");
   check_blocksize(blocksize, op);
@@ -99,8 +100,8 @@ void register_nf4(py::module_& m) {
         py::arg("bad"), py::arg("device"), py::arg("stream"));
 #endif
   m.def("nf4_quantize_absmax_cpu", &quantize_absmax, py::arg("absmax"), py::arg("blocks"), py::arg("offset"),
-        py::arg("nested_map"), py::arg("map_numel"), py::arg("codes"), py::arg("codes_numel"),
-        py::arg("nested_absmax"), py::arg("nested_numel"));
+        py::arg("nested_map"), py::arg("map_numel"), py::arg("codes"), py::arg("codes_numel"), py::arg("nested_absmax"),
+        py::arg("nested_numel"));
   m.def("nf4_dequantize_cpu", &dequantize, py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"),
         py::arg("absmax_numel"), py::arg("nested_absmax"), py::arg("nested_numel"), py::arg("nested_map"),
         py::arg("map_numel"), py::arg("offset"), py::arg("n"), py::arg("blocksize"), py::arg("quant_type"),

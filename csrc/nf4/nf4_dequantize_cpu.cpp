@@ -51,10 +51,10 @@ void nf4_dequantize_blocks_scalar(const Nf4DequantizeArgs& args, const float* ab
 void nf4_decode_absmax(const Nf4Absmax& absmax, std::int64_t begin, std::int64_t count, float* out) {
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t block = begin + i;
-    out[i] = absmax.plain != nullptr
-                 ? absmax.plain[block]
-                 : absmax.nested_map[absmax.codes[block]] * absmax.nested_absmax[block / kNestedBlocksize] +
-                       absmax.offset;
+    out[i] =
+        absmax.plain != nullptr
+            ? absmax.plain[block]
+            : absmax.nested_map[absmax.codes[block]] * absmax.nested_absmax[block / kNestedBlocksize] + absmax.offset;
   }
 }
 

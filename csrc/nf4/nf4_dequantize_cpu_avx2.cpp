@@ -33,8 +33,7 @@ __m256i to_bf16(__m256 value) {
 }
 
 __m256i to_f16(__m256 value) {
-  const __m256i rounded =
-      _mm256_cvtepu16_epi32(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const __m256i rounded = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   const __m256i sign = _mm256_and_si256(rounded, _mm256_set1_epi32(0x8000));
   const __m256i quiet = _mm256_or_si256(sign, _mm256_set1_epi32(0x7e00));
   const __m256 nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
@@ -99,9 +98,12 @@ void nf4_dequantize_blocks_avx2(const Nf4DequantizeArgs& args, const float* absm
                                 std::int64_t end) {
   const std::int64_t whole = end * args.blocksize <= args.n ? end : end - 1;
   const float* table = args.type == QuantType::nf4 ? kNf4Table : kFp4Table;
-  if (args.dtype == DType::f32) dequantize_f32(args, table, absmax, begin, whole);
-  else if (args.dtype == DType::f16) dequantize_16bit<false>(args, table, absmax, begin, whole);
-  else dequantize_16bit<true>(args, table, absmax, begin, whole);
+  if (args.dtype == DType::f32)
+    dequantize_f32(args, table, absmax, begin, whole);
+  else if (args.dtype == DType::f16)
+    dequantize_16bit<false>(args, table, absmax, begin, whole);
+  else
+    dequantize_16bit<true>(args, table, absmax, begin, whole);
   if (whole < end) nf4_dequantize_blocks_scalar(args, absmax + (whole - begin), whole, end);
 }
 

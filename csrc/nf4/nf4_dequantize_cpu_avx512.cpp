@@ -15,7 +15,8 @@ __m256i to_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i high = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
@@ -36,8 +37,7 @@ void dequantize_16bit(const Nf4DequantizeArgs& args, __m512 table, const float* 
     const __m512i lookup = _mm512_broadcast_i64x4(is_bf16 ? to_bf16(level) : to_f16(level));
     const std::int64_t first = block * args.blocksize;
     for (std::int64_t i = first; i < first + args.blocksize; i += 32) {
-      const __m512i byte =
-          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(args.packed + i / 2)));
+      const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(args.packed + i / 2)));
       const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
       _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, lookup));
     }
@@ -64,9 +64,12 @@ void nf4_dequantize_blocks_avx512(const Nf4DequantizeArgs& args, const float* ab
                                   std::int64_t end) {
   const std::int64_t whole = end * args.blocksize <= args.n ? end : end - 1;
   const __m512 table = _mm512_loadu_ps(args.type == QuantType::nf4 ? kNf4Table : kFp4Table);
-  if (args.dtype == DType::f32) dequantize_f32(args, table, absmax, begin, whole);
-  else if (args.dtype == DType::f16) dequantize_16bit<false>(args, table, absmax, begin, whole);
-  else dequantize_16bit<true>(args, table, absmax, begin, whole);
+  if (args.dtype == DType::f32)
+    dequantize_f32(args, table, absmax, begin, whole);
+  else if (args.dtype == DType::f16)
+    dequantize_16bit<false>(args, table, absmax, begin, whole);
+  else
+    dequantize_16bit<true>(args, table, absmax, begin, whole);
   if (whole < end) nf4_dequantize_blocks_scalar(args, absmax + (whole - begin), whole, end);
 }
 

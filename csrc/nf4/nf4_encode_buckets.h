@@ -12,9 +12,9 @@
 namespace pyfastpeft {
 
 struct EncodeBuckets {
-  float threshold[32];    // the one in this bucket, or infinity
-  std::int32_t below[32];   // the code when x is not above it
-  std::int32_t above[32];   // the code when it is
+  float threshold[32];     // the one in this bucket, or infinity
+  std::int32_t below[32];  // the code when x is not above it
+  std::int32_t above[32];  // the code when it is
 };
 
 // bucket(x) = trunc(x · scale + shift); NF4 over [-1, 1], FP4 over |x| in [0, 1]. Both leave room for an x that exceeds
@@ -55,9 +55,9 @@ static_assert(one_threshold_per_bucket(kNf4Thresholds, kNf4BucketScale, kNf4Buck
 static_assert(one_threshold_per_bucket(kFp4Thresholds, kFp4BucketScale, kFp4BucketShift), "FP4");
 
 constexpr std::uint8_t kNf4Codes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-alignas(64) constexpr EncodeBuckets kNf4Buckets =
-    encode_buckets(kNf4Thresholds, kNf4BucketScale, kNf4BucketShift, kNf4Codes);
-alignas(64) constexpr EncodeBuckets kFp4Buckets =
-    encode_buckets(kFp4Thresholds, kFp4BucketScale, kFp4BucketShift, kFp4Ascending);
+alignas(64) constexpr EncodeBuckets kNf4Buckets = encode_buckets(kNf4Thresholds, kNf4BucketScale, kNf4BucketShift,
+                                                                 kNf4Codes);
+alignas(64) constexpr EncodeBuckets kFp4Buckets = encode_buckets(kFp4Thresholds, kFp4BucketScale, kFp4BucketShift,
+                                                                 kFp4Ascending);
 
 }  // namespace pyfastpeft

@@ -24,13 +24,13 @@ template <typename T>
 std::int64_t quantize_blocks(const Nf4QuantizeArgs& args, std::int64_t begin, std::int64_t end) {
   const T* weight = static_cast<const T*>(args.weight);
   const auto encode = [&](float x) {
-    return args.type == QuantType::nf4 ? encode_nf4(x, kNf4Thresholds)
-                                       : encode_fp4(x, kFp4Thresholds, kFp4Ascending);
+    return args.type == QuantType::nf4 ? encode_nf4(x, kNf4Thresholds) : encode_fp4(x, kFp4Thresholds, kFp4Ascending);
   };
   for (std::int64_t block = begin; block < end; ++block) {
     const std::int64_t first = block * args.blocksize, last = std::min(args.n, first + args.blocksize);
     std::uint32_t largest = 0;
-    for (std::int64_t i = first; i < last; ++i) largest = std::max(largest, f32_to_bits(to_f32(weight[i])) & kMagnitude);
+    for (std::int64_t i = first; i < last; ++i)
+      largest = std::max(largest, f32_to_bits(to_f32(weight[i])) & kMagnitude);
     if (largest >= kInfinity) {
       std::int64_t i = first;
       while ((f32_to_bits(to_f32(weight[i])) & kMagnitude) < kInfinity) ++i;

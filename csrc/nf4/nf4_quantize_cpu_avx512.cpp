@@ -58,9 +58,12 @@ std::uint32_t largest_magnitude(const typename T::Stored* values, std::int64_t c
 
 template <typename T>
 float as_float(std::uint32_t magnitude) {
-  if constexpr (sizeof(typename T::Stored) == 4) return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(magnitude)));
-  else if constexpr (T::kInfinity == F16::kInfinity) return F16::magnitude(magnitude);
-  else return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(magnitude << 16)));
+  if constexpr (sizeof(typename T::Stored) == 4)
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(magnitude)));
+  else if constexpr (T::kInfinity == F16::kInfinity)
+    return F16::magnitude(magnitude);
+  else
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(magnitude << 16)));
 }
 
 struct Nf4 {
@@ -112,8 +115,8 @@ void store_packed(std::uint8_t* out, const __m512i (&code)[4]) {
   // the even code of a pair stands in the lower dword of a quadword: shift it up a nibble, bring the odd one beside it
   const __m512i pairs = _mm512_or_si512(_mm512_slli_epi32(all, 4), _mm512_srli_epi64(all, 32));
   const __m256i bytes = _mm512_cvtepi64_epi32(pairs);  // byte k of dword j: pair j of vector k; transpose that
-  const __m256i transpose = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m256i transpose =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const __m256i halves = _mm256_shuffle_epi8(bytes, transpose);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(halves, order));

@@ -139,7 +139,8 @@ def _check_flat(packed, absmax, nested_absmax, nested_map, offset) -> None:
         )
     expected = [("packed", packed, torch.uint8), ("absmax", absmax, torch.float32 if offset is None else torch.uint8)]
     if offset is not None:
-        expected += [(n, t, torch.float32) for n, t in zip(("nested_absmax", "nested_map", "offset"), nested, strict=True)]
+        names = ("nested_absmax", "nested_map", "offset")
+        expected += [(name, tensor, torch.float32) for name, tensor in zip(names, nested, strict=True)]
     for name, tensor, dtype in expected:
         if tensor.dtype != dtype:
             raise TypeError(f"dequantize_4bit: {name} has dtype {tensor.dtype}, expected {dtype}")
@@ -149,7 +150,9 @@ def _check_flat(packed, absmax, nested_absmax, nested_map, offset) -> None:
         raise ValueError(f"dequantize_4bit: offset has {offset.numel()} values, expected 1")
 
 
-def _dequantize_into(out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype) -> None:
+def _dequantize_into(
+    out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
+) -> None:
     _check_flat(packed, absmax, nested_absmax, nested_map, offset)
     # named, so that a copy made by .contiguous() outlives the call
     packed, absmax = packed.contiguous(), absmax.contiguous()
@@ -162,7 +165,9 @@ def _dequantize_into(out, packed, absmax, nested_absmax, nested_map, offset, blo
     )  # fmt: skip
 
 
-def _dequantize_cpu(packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype) -> torch.Tensor:
+def _dequantize_cpu(
+    packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
+) -> torch.Tensor:
     dtype_code(dtype, "dequantize_4bit", "the output")
     out = torch.empty(shape, dtype=dtype)
     _dequantize_into(out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
@@ -179,8 +184,8 @@ def _dequantize_fake(packed, absmax, nested_absmax, nested_map, offset, blocksiz
 def _check_out(out: torch.Tensor, packed: torch.Tensor, shape, dtype: torch.dtype) -> None:
     if out.dtype != dtype or tuple(out.shape) != tuple(shape) or out.device != packed.device:
         raise ValueError(
-            f"dequantize_4bit: out is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {tuple(shape)} on "
-            f"{packed.device}"
+            f"dequantize_4bit: out is {out.dtype} {tuple(out.shape)} on {out.device}, expected {dtype} {tuple(shape)} "
+            f"on {packed.device}"
         )
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
@@ -249,13 +254,14 @@ def quantize_4bit(
 
     code(i) = how many of the 15 midpoints between levels lie strictly below w[i] / absmax(block of i).
 
-    weight        any shape (usually [N, K]), float32, float16 or bfloat16, any strides; a copy is made if it is not contiguous
+    weight        any shape (usually [N, K]), float32, float16 or bfloat16; copied if it is not contiguous
     blocksize     values per absmax over the flat weight: 32, 64, 128, … 4096
     quant_type    "nf4" or "fp4"
     double_quant  store absmax in 8 bits too (blocks of 256 around the mean): 0.127 instead of 0.5 bit per value at 64
 
     Returns a QuantizedTensor; it carries no gradient, whether or not the weight requires one.
-    Raises ValueError naming the position of a NaN or infinity, a wrong blocksize or quant_type; TypeError for the dtype.
+    Raises ValueError for a NaN or infinity (naming its position), a wrong blocksize or quant_type; TypeError for the
+    dtype.
     """
     packed, absmax = _quantize(weight, blocksize, quant_type)
     nested_absmax = nested_map = offset = None

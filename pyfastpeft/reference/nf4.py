@@ -67,11 +67,13 @@ def _blocks(flat: torch.Tensor, blocksize: int) -> torch.Tensor:
     return torch.nn.functional.pad(flat, (0, padding)).view(-1, blocksize)
 
 
-def quantize_4bit(weight: torch.Tensor, blocksize: int = 64, quant_type: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_4bit(
+    weight: torch.Tensor, blocksize: int = 64, quant_type: str = "nf4"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """packed uint8 [(n+1)//2, 1], absmax fp32 [ceil(n / blocksize)] of a finite weight.
 
-    code(i) = number of thresholds strictly below w[i] · (1 / max(absmax, 1e-38)), a threshold being the fp32 midpoint of
-    two neighbouring levels; FP4 does so with |w| and adds 8 for negatives that do not round to zero.
+    code(i) = number of thresholds strictly below w[i] · (1 / max(absmax, 1e-38)), a threshold being the fp32 midpoint
+    of two neighbouring levels; FP4 does so with |w| and adds 8 for negatives that do not round to zero.
     """
     flat = weight.detach().reshape(-1).float()
     blocks = _blocks(flat, blocksize)
@@ -94,10 +96,10 @@ def quantize_4bit(weight: torch.Tensor, blocksize: int = 64, quant_type: str = "
 def quantize_absmax(
     absmax: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes uint8 [blocks], nested_absmax fp32 [ceil(blocks / 256)], nested_map fp32 [256], offset fp32 [] of fp32 absmax.
+    """codes uint8 [blocks], nested_absmax fp32 [ceil(blocks / 256)], nested_map fp32 [256], offset fp32 [] of absmax.
 
-    offset = mean(absmax); d = absmax − offset; per 256: nested_absmax = max|d|; code = number of midpoints of neighbouring
-    map entries strictly below d · (1 / max(nested_absmax, 1e-38)), which is the nearest entry, the lower one of two.
+    offset = mean(absmax); d = absmax − offset; per 256: nested_absmax = max|d|; code = number of midpoints of
+    neighbouring map entries strictly below d · (1 / max(nested_absmax, 1e-38)), which is the nearest entry, the lower one of two.
     """
     nested_map = _dynamic_map(True).to(absmax.device, copy=True)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())

@@ -1,9 +1,10 @@
 // Python's way to the 4-bit kernels. Every size is checked here, once, for all backends of an op.
+#include "nf4/nf4_bind.h"
+
 #include <string>
 
 #include "common/bind.h"
 #include "common/cuda_device.h"
-#include "nf4/nf4_bind.h"
 
 namespace pyfastpeft {
 namespace {
@@ -74,8 +75,8 @@ void dequantize(Address packed, std::int64_t packed_numel, Address absmax, std::
   check_count(packed_numel, packed_bytes(n), op, "packed", message("(", n, " + 1) / 2 bytes"));
   check_count(out_numel, n, op, "out", "those of the shape");
   const DType out_dtype = dtype_of(dtype, op);
-  const Nf4Absmax scales = checked_absmax(absmax, absmax_numel, nested_absmax, nested_numel, nested_map, map_numel, offset,
-                                          blocks, message("ceil(", n, " / blocksize ", blocksize, ")"), op);
+  const Nf4Absmax scales = checked_absmax(absmax, absmax_numel, nested_absmax, nested_numel, nested_map, map_numel,
+                                          offset, blocks, message("ceil(", n, " / blocksize ", blocksize, ")"), op);
   const auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
   void* o = pointer<void>(out, out_numel, op, "out");
   const py::gil_scoped_release release;

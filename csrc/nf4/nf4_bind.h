@@ -25,17 +25,19 @@ inline DType dtype_of(int code, const char* op) {
   return DType(code);
 }
 
-inline void check_count(std::int64_t got, std::int64_t expected, const char* op, const char* name, const std::string& why) {
+inline void check_count(std::int64_t got, std::int64_t expected, const char* op, const char* name,
+                        const std::string& why) {
   check(got == expected, op, ": ", name, " has ", got, " values, expected ", expected, " (= ", why, ")");
 }
 
-// The statistics of `blocks` blocks; nested_map = 0 says that absmax is plain fp32.
+// The statistics of `blocks` blocks; offset = 0 says that absmax is plain fp32. (Not nested_map = 0: an empty
+// tensor's address is 0 too, and uint8 codes would be read as fp32.)
 inline Nf4Absmax checked_absmax(Address absmax, std::int64_t absmax_numel, Address nested_absmax,
                                 std::int64_t nested_numel, Address nested_map, std::int64_t map_numel, Address offset,
                                 std::int64_t blocks, const std::string& why, const char* op) {
   check_count(absmax_numel, blocks, op, "absmax", why);
   Nf4Absmax scales{};
-  if (nested_map != 0) {
+  if (offset != 0) {
     check_count(nested_numel, block_count(blocks, kNestedBlocksize), op, "nested_absmax",
                 message("ceil(", blocks, " blocks / 256)"));
     check_count(map_numel, kNestedMapSize, op, "nested_map", "the entries of an 8-bit map");

@@ -2,17 +2,42 @@
 
 from pyfastpeft import nn, ops
 from pyfastpeft.build_info import build_info
+from pyfastpeft.methods import LoraConfig, PeftConfig, PeftType, TaskType
 from pyfastpeft.nn.load_quantized import load_quantized_state_dict
+from pyfastpeft.peft_model import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from pyfastpeft.quantize_model import dequantize_model, quantize_model
 from pyfastpeft.quantized_tensor import QuantizedTensor
 
 __all__ = [
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
     "QuantizedTensor",
+    "TaskType",
     "build_info",
     "dequantize_model",
+    "get_peft_model",
     "load_quantized_state_dict",
     "nn",
     "ops",
+    "prepare_model_for_kbit_training",
     "quantize_model",
 ]
 __version__ = build_info()["version"]

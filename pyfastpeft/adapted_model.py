@@ -1,0 +1,275 @@
+"""AdaptedModel: a model with adapters in it, whatever the methods. PeftModel is this plus files and the familiar names."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from pyfastpeft.inject import remove_hollow_holders, tied_targets
+from pyfastpeft.methods.base import AdapterHolder, MethodLayer, PeftConfig, adapter_holders, replace_module
+from pyfastpeft.methods.registry import method_for
+from pyfastpeft.nn import as_base_linear
+from pyfastpeft.quantize_model import dequantize_model
+
+
+class AdaptedModel(nn.Module):
+    """`model` with adapters; calls and unknown attributes go to it. `peft_config` has a config per adapter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = []
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def holders(self) -> list[tuple[str, AdapterHolder]]:
+        return list(adapter_holders(self.model))
+
+    def layers(self) -> list[tuple[str, MethodLayer]]:
+        return [(path, holder) for path, holder in self.holders() if isinstance(holder, MethodLayer)]
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The adapter's live tensors by their keys in the file."""
+        config = self.peft_config[self.check_known(name)]
+        return method_for(config.peft_type).tensors(self.model, config, name)
+
+    def check_known(self, name: str) -> str:
+        if name not in self.peft_config:
+            raise ValueError(f"there is no adapter {name!r}, expected one of {sorted(self.peft_config)}")
+        return name
+
+    def add_adapter(
+        self, name: str, config: PeftConfig, *, fp32: bool = True, init: bool = True, strict: bool = True
+    ) -> None:
+        """Adds an adapter, frozen and inactive (the first one becomes the active one). On an error the model is as before."""
+        check_adapter_name(name)
+        if name in self.peft_config:
+            raise ValueError(f"there is an adapter {name!r} already; choose another name or delete_adapter() it first")
+        if not isinstance(config, PeftConfig):
+            raise TypeError(f"the config is a {type(config).__name__}, expected a pyfastpeft config such as LoraConfig")
+        method = method_for(config.peft_type)
+        self._check_biases(config)
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            resolved = method.inject(self.model, config, name, fp32=fp32, init=init, strict=strict)
+        except BaseException:
+            self._take_out(name)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+        first = not self.peft_config
+        self.peft_config[name] = resolved
+        if first:
+            self.model.requires_grad_(False)
+            self.set_adapter(name, resolved.inference_mode)
+
+    def _check_biases(self, config: PeftConfig) -> None:
+        biased = [n for n, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+        if biased and getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"adapter {biased[0]!r} trains biases already, and the model has only one set of them; use bias='none'"
+            )
+
+    def _take_out(self, name: str) -> None:
+        for _, holder in self.holders():
+            holder.remove_adapter(name)
+        remove_hollow_holders(self.model)
+
+    def set_adapter(self, names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Makes these adapters the active ones (their updates add up), and the only trainable ones unless inference_mode."""
+        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in names:
+            self.check_known(name)
+        holders = self.holders()
+        merged = {n for _, h in holders if isinstance(h, MethodLayer) for n in h.merged_adapters}
+        if merged - set(names):
+            raise RuntimeError(f"adapters {sorted(merged)} are merged into the weights; unmerge_adapter() first")
+        for path, holder in holders:
+            here = [name for name in names if name in holder.held_adapters()]
+            if len(here) > 1 and not isinstance(holder, MethodLayer):
+                raise ValueError(f"adapters {here} each have a copy of {path}: only one of them can be active")
+        for _, holder in holders:
+            holder.activate(names, not inference_mode)
+        for name in self.peft_config:
+            self._set_biases(name, name in names and not inference_mode)
+        self.active_adapters = names
+
+    def set_requires_grad(self, names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Freezes or unfreezes adapters without activating them."""
+        for name in [names] if isinstance(names, str) else names:
+            self.check_known(name)
+            for _, holder in self.holders():
+                for parameter in holder.adapter_parameters(name):
+                    parameter.requires_grad_(requires_grad)
+            self._set_biases(name, requires_grad)
+
+    def _set_biases(self, name: str, requires_grad: bool) -> None:
+        if getattr(self.peft_config[name], "bias", "none") != "none":
+            for key, parameter in self.tensors(name).items():
+                if key.endswith(".bias") and isinstance(parameter, nn.Parameter):
+                    parameter.requires_grad_(requires_grad)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter. When it was the only active one, the oldest remaining one takes over."""
+        self.check_known(name)
+        self._set_biases(name, False)
+        self._take_out(name)
+        del self.peft_config[name]
+        active = [other for other in self.active_adapters if other != name]
+        if self.active_adapters != active:
+            self.set_adapter(active or list(self.peft_config)[:1])
+
+    def enable_adapter_layers(self) -> None:
+        for _, holder in self.holders():
+            holder.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Makes the model answer as without adapters, until enable_adapter_layers(); merged ones are unmerged."""
+        self._warn_biases()
+        for _, holder in self.holders():
+            if isinstance(holder, MethodLayer):
+                holder.unmerge()
+            holder.enabled = False
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model answers as without adapters; afterwards everything is as it was, merged adapters too."""
+        before = [(h, h.enabled, getattr(h, "merged_adapters", ())) for _, h in self.holders()]
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            for holder, enabled, merged in before:
+                holder.enabled = enabled
+                if merged:
+                    holder.merge(merged, keep_snapshot=True)
+
+    def _warn_biases(self) -> None:
+        biased = [name for name in self.active_adapters if getattr(self.peft_config[name], "bias", "none") != "none"]
+        if biased:
+            warnings.warn(
+                f"adapter {biased[0]!r} trains the model's own biases; with adapters disabled they keep their trained "
+                "values",
+                stacklevel=4,
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Folds adapters (None: the active ones) into the weights, until unmerge_adapter() restores these bit for bit.
+
+        Costs a copy of every adapted weight. Raises ValueError, with nothing merged, for NaN or infinities in an
+        adapter; safe_merge also looks at the merged weights.
+        """
+        self._merge(adapter_names, safe_merge, keep_snapshot=True, progressbar=False)
+
+    def unmerge_adapter(self) -> None:
+        for _, layer in self.layers():
+            layer.unmerge()
+
+    def _merge(
+        self,
+        names: list[str] | None,
+        safe: bool,
+        keep_snapshot: bool,
+        progressbar: bool,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, float]:
+        """Merges; returns {path: relative error} of the layers that had to be quantised again."""
+        names = self.active_adapters if names is None else [self.check_known(name) for name in names]
+        layers = self.layers()
+        for path, layer in layers:
+            try:
+                layer.check_merge(names, safe)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        self._untie(layers)
+        errors = {}
+        for path, layer in _progress(layers, "merging", progressbar):
+            quantized = as_base_linear(layer.base_layer).is_quantized and dtype is None
+            held = any(name in layer.held_adapters() for name in names)
+            error = layer.merge(names, keep_snapshot, dtype)
+            if quantized and held:
+                errors[path] = error
+        if errors:
+            worst = max(errors, key=errors.get)
+            warnings.warn(
+                f"merged into {len(errors)} quantised layers: quantising again changed the merged weights by "
+                f"{sum(errors.values()) / len(errors):.2%} on average and {errors[worst]:.2%} at most ({worst}), "
+                "relative to their norm; merge_and_unload(dtype=torch.bfloat16) merges into 16-bit layers instead",
+                stacklevel=4,
+            )
+        return errors
+
+    def _untie(self, layers: list[tuple[str, MethodLayer]]) -> None:
+        for path, other in tied_targets(self.model, dict(layers)):
+            base = self.model.get_submodule(path).base_layer
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            warnings.warn(f"{path} has now a weight of its own, apart from {other}'s", stacklevel=5)
+            if getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+                self.model.config.tie_word_embeddings = False
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """Folds adapters (None: the active ones) into the weights for good and returns the plain model.
+
+        safe_merge   look at every merged weight for NaN and infinities before the first is written
+        dtype        turn all quantised layers into dense ones of this dtype, the adapters merged in 16 (or 32) bit;
+                     None: quantise again, and say what that cost (a warning, and {path: relative error} in the
+                     returned model's `merge_report`)
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"merge_and_unload: dtype is {dtype}, expected None or a floating-point dtype")
+        errors = self._merge(adapter_names, safe_merge, False, progressbar, dtype)
+        model = self._unwrap(merged=True)
+        if dtype is not None:
+            dequantize_model(model, dtype)
+        if errors:
+            model.merge_report = errors
+        return model
+
+    def unload(self) -> nn.Module:
+        """Takes the adapters out, unmerged, and returns the plain model."""
+        self.unmerge_adapter()
+        return self._unwrap(merged=False)
+
+    def _unwrap(self, merged: bool) -> nn.Module:
+        for _, holder in self.holders():
+            replace_module(self.model, holder, holder.result_module() if merged else holder.bare_module())
+        return self.model
+
+
+def check_adapter_name(name: str) -> None:
+    """An adapter's name is part of module names and of a folder's name."""
+    if not isinstance(name, str):
+        raise TypeError(f"the adapter's name is {name!r}, expected a string")
+    if not name or name in (".", "..") or any(c in name for c in "./\\\0:") or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"the adapter's name is {name!r}; expected one without dots, slashes and colons that is not an attribute of "
+            "torch.nn.ModuleDict"
+        )
+
+
+def _progress(items: list, title: str, show: bool):
+    if not show:
+        return items
+    from rich.progress import track
+
+    return track(items, title)

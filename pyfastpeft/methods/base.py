@@ -1,0 +1,271 @@
+"""What every method is made of: its config (PEFT's fields and file), its modules that hold adapters, its entry points.
+
+A method is one folder with a config, a layer and one line in registry.py. Nothing outside the folder asks which method
+it is dealing with: the model class, the files and the merging speak to AdapterHolder and Method alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# the release of Hugging Face PEFT whose fields, defaults and files these are; written where a config says none
+PEFT_VERSION = "0.21.2"
+KEY_PREFIX = "base_model.model."
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for. SEQ_CLS and TOKEN_CLS train and save the classification head as well."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, enum.Enum):
+    """The methods by the names that `peft_type` has in adapter_config.json; registry.py says which are here."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+
+
+@dataclasses.dataclass
+class PeftConfig:
+    """Fields common to all methods, in PEFT's order.
+
+    task_type                 a TaskType or its name; None for any nn.Module
+    peft_type                 set by the method's own class
+    auto_mapping              base model class and library, written when there is no task_type
+    peft_version              of the file's layout
+    base_model_name_or_path, revision   where the base came from; filled in by get_peft_model
+    inference_mode            whether the adapter is frozen when it is added
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            try:
+                self.task_type = TaskType(self.task_type)
+            except ValueError:
+                names = ", ".join(TaskType.__members__)
+                raise ValueError(
+                    f"{type(self).__name__}: task_type is {self.task_type!r}, expected None or one of {names}"
+                ) from None
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as adapter_config.json has them."""
+        return dataclasses.asdict(self)
+
+    def copy(self) -> PeftConfig:
+        return copy.deepcopy(self)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Writes `<save_directory>/adapter_config.json` (atomically: a failure leaves the former file).
+
+        auto_mapping_dict=   what to write as auto_mapping
+        """
+        from pyfastpeft.checkpoint import write_config
+
+        write_config(save_directory, self, kwargs.get("auto_mapping_dict"))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **hub_kwargs
+    ) -> PeftConfig:
+        """Reads adapter_config.json of a folder, or of a repository of the Hugging Face hub.
+
+        Called on PeftConfig it gives the class that the file's peft_type names. Raises ValueError for JSON that is
+        broken or not a config, naming the file and the place; keys that the class does not know are named and dropped.
+        """
+        from pyfastpeft.checkpoint import read_config
+
+        return read_config(pretrained_model_name_or_path, subfolder, expected=cls, **hub_kwargs)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> PeftConfig:
+        """A config of this class from the fields of a file; unknown ones are warned about and dropped."""
+        known = set(inspect.signature(cls).parameters)
+        unknown = sorted(set(fields) - known - {"runtime_config"})
+        if unknown:
+            warnings.warn(
+                f"{cls.__name__}: the config has {unknown}, which this class does not know; ignored. A newer release "
+                "may have written the file.",
+                stacklevel=3,
+            )
+        return cls(**{key: value for key, value in fields.items() if key in known and key != "runtime_config"})
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method adds virtual tokens rather than changing layers."""
+        return False
+
+
+class AdapterHolder(nn.Module):
+    """A module that holds something per adapter and knows which adapters are active: a LoRA layer, a saved head, ….
+
+    A subclass fills in the methods that raise here. Its place in the model gives the keys of the files:
+    `base_model.model.<path>.<suffix>` with the suffixes of adapter_tensors().
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+
+    def held_adapters(self) -> list[str]:
+        """The adapters present here, oldest first."""
+        raise NotImplementedError
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The live tensors of an adapter under the suffix they have in the files; empty when it is not here."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        """What training the adapter trains."""
+        return (t for t in self.adapter_tensors(name).values() if isinstance(t, nn.Parameter))
+
+    def remove_adapter(self, name: str) -> None:
+        """Drops an adapter; nothing happens when it is not here."""
+        raise NotImplementedError
+
+    def bare_module(self) -> nn.Module:
+        """The module that was here before the first adapter."""
+        raise NotImplementedError
+
+    def result_module(self) -> nn.Module:
+        """The module to keep once adapters are merged: bare_module(), unless an active adapter replaces it."""
+        return self.bare_module()
+
+    def activate(self, names: Iterable[str], trainable: bool) -> None:
+        """Makes those of `names` that are here the active ones; requires_grad for them alone, and only if trainable."""
+        held = self.held_adapters()
+        self.active = tuple(name for name in names if name in held)
+        for name in held:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(trainable and name in self.active)
+
+
+class MethodLayer(AdapterHolder):
+    """An AdapterHolder around `base_layer` whose adapters can be folded into its weight (LoRA, (IA)³, …)."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: tuple[str, ...] = ()
+        self._snapshot: Any = None
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight; model code that looks at `layer.weight.dtype` finds what it expects."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base_layer.bias
+
+    def bare_module(self) -> nn.Module:
+        return self.base_layer
+
+    def merge(self, names: Iterable[str], keep_snapshot: bool, dtype: torch.dtype | None = None) -> float:
+        """Folds adapters into the base's weight. Returns the relative error this cost (0.0 where nothing is lost).
+
+        keep_snapshot   keep the former weight, so that unmerge() restores it bit for bit
+        dtype           replace a quantised base by a dense one of this dtype instead of quantising again
+        """
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Takes back merge(keep_snapshot=True), exactly."""
+        raise NotImplementedError
+
+    def check_merge(self, names: Iterable[str], safe: bool) -> None:
+        """Raises ValueError where merging would give NaN or infinities; safe looks at the merged weight itself."""
+        raise NotImplementedError
+
+
+class Method:
+    """The entry points of a method. inject() must make every check before it changes the model."""
+
+    peft_type: PeftType
+    config_class: type[PeftConfig]
+
+    def inject(
+        self, model: nn.Module, config: PeftConfig, adapter_name: str, *, fp32: bool, init: bool, strict: bool
+    ) -> PeftConfig:
+        """Adds an adapter to the model (not activated); returns the config with what was found out filled in.
+
+        model    the base model itself, perhaps with adapters in it already
+        config   the caller's; not changed
+        fp32     store adapter weights in fp32; otherwise in the dtype the base computes in
+        init     draw initial values (False: whatever memory holds; the values come from a file)
+        strict   an entry of target_modules that matches nothing is an error rather than a warning
+        """
+        raise NotImplementedError
+
+    def tensors(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The adapter's live tensors by their keys in the file: saving reads them, loading writes into them."""
+        return {
+            f"{KEY_PREFIX}{path}.{suffix}": tensor
+            for path, holder in adapter_holders(model)
+            for suffix, tensor in holder.adapter_tensors(adapter_name).items()
+        }
+
+
+def adapter_holders(model: nn.Module) -> Iterator[tuple[str, AdapterHolder]]:
+    """(path, holder) of every AdapterHolder in the model, outermost ones only."""
+    return ((path, module) for path, module in bare_modules(model) if isinstance(module, AdapterHolder))
+
+
+def bare_modules(model: nn.Module, prefix: str = "", seen: set | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Like named_modules() of the model before any adapter: holders are given, what is inside them is not."""
+    seen = set() if seen is None else seen
+    if model in seen:
+        return
+    seen.add(model)
+    yield prefix, model
+    if isinstance(model, AdapterHolder):
+        return
+    for name, child in model.named_children():
+        yield from bare_modules(child, f"{prefix}.{name}" if prefix else name, seen)
+
+
+def named_by(path: str, names: Iterable[str]) -> bool:
+    """Whether the path is one of the names or ends in one after a dot."""
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` is a child in the model (a shared module has several places), inside holders as well."""
+    for parent in list(model.modules()):
+        if parent is new:
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new

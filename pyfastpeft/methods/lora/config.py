@@ -1,0 +1,231 @@
+"""LoraConfig: every field of Hugging Face PEFT's, with its default, so that files and keyword arguments fit both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from pyfastpeft.methods.base import PeftConfig, PeftType
+
+BIAS_MODES = ("none", "all", "lora_only")
+
+
+@dataclasses.dataclass
+class LoraConfig(PeftConfig):
+    """Configuration of LoRA: y = base(x) + s · B A dropout(x), with s = lora_alpha / r.
+
+    r                  rank R of A [R, K] and B [N, R]
+    target_modules     which linear layers: names, matched whole or as the end of a path ("q_proj",
+                       "layers.0.mlp.up_proj"); a regular expression that must match the whole path; "all-linear"
+                       (every linear layer but the output head); None: the usual ones of the architecture
+    exclude_modules    names or a regular expression, taken out of the targets
+    lora_alpha         the numerator of s
+    lora_dropout       probability of dropping an input of A, in training only
+    fan_in_fan_out     whether the weight is stored [K, N] (GPT-2's Conv1D); found out by itself
+    bias               which biases train: "none", "all" of the model's, "lora_only": those of the adapted layers
+    use_rslora         s = lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)
+    modules_to_save    modules trained whole and saved with the adapter; SEQ_CLS and TOKEN_CLS add "classifier", "score"
+    init_lora_weights  True: A kaiming_uniform(a=sqrt(5)), B = 0; "gaussian": A ~ N(0, 1/r), B = 0; False: both random
+    layers_to_transform   indices of the layers to adapt, for a list of target_modules
+    layers_pattern     the name before the index ("layers", "h"); None: any
+    rank_pattern, alpha_pattern   {name or regular expression: r or lora_alpha} for some of the layers
+
+    The other fields are PEFT's for variants that are not here yet; a value other than the default raises
+    NotImplementedError with the field's name.
+    """
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict | None = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict | None = dataclasses.field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict = dataclasses.field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: Any = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+        self._refuse_unsupported()
+        self._check_numbers()
+        self._check_names()
+        self._check_layers()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        del fields["runtime_config"]  # PEFT's files never hold it
+        return fields
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def rank_for(self, path: str) -> int:
+        return self.rank_pattern.get(_pattern_of(self.rank_pattern, path), self.r)
+
+    def alpha_for(self, path: str) -> float:
+        return self.alpha_pattern.get(_pattern_of(self.alpha_pattern, path), self.lora_alpha)
+
+    def unused_patterns(self, paths: list[str]) -> dict[str, list[str]]:
+        """The keys of rank_pattern and alpha_pattern that no path matches."""
+        unused = {}
+        for name in ("rank_pattern", "alpha_pattern"):
+            keys = [key for key in getattr(self, name) if not any(_pattern_matches(key, path) for path in paths)]
+            if keys:
+                unused[name] = keys
+        return unused
+
+    def _refuse_unsupported(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name not in _UNSUPPORTED:
+                continue
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            value = getattr(self, field.name)
+            if field.name == "runtime_config" and not _changes_anything(value):
+                value = None
+            if value != default and not (value is None and not default):
+                raise NotImplementedError(
+                    f"LoraConfig: {field.name}={value!r} is not supported yet, only {default!r}; leave the field out"
+                )
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and not (isinstance(init, str) and init.lower() == "gaussian"):
+            raise NotImplementedError(
+                f"LoraConfig: init_lora_weights={init!r} is not supported yet, only True, False and 'gaussian'"
+            )
+
+    def _check_numbers(self) -> None:
+        for name, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
+            if not isinstance(rank, int) or isinstance(rank, bool):
+                raise TypeError(f"LoraConfig: {name} is {rank!r}, expected an integer")
+            if rank <= 0:
+                raise ValueError(f"LoraConfig: {name} is {rank}, expected a positive integer")
+        alphas = (
+            ("lora_alpha", self.lora_alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        )
+        for name, alpha in (*alphas, ("lora_dropout", self.lora_dropout)):
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+                raise TypeError(f"LoraConfig: {name} is {alpha!r}, expected a number")
+            if not math.isfinite(alpha):
+                raise ValueError(f"LoraConfig: {name} is {alpha}, expected a finite number")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"LoraConfig: lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
+        if self.bias not in BIAS_MODES:
+            raise ValueError(f"LoraConfig: bias is {self.bias!r}, expected one of {', '.join(BIAS_MODES)}")
+        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"LoraConfig: {name} is {getattr(self, name)!r}, expected True or False")
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _check_pattern(name, value)
+            else:
+                _check_strings(name, value)
+        _check_strings("modules_to_save", self.modules_to_save)
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, dict):
+                raise TypeError(f"LoraConfig: {name} is {patterns!r}, expected a dict of names to numbers")
+            for key in patterns:
+                _check_pattern(name, key)
+
+    def _check_layers(self) -> None:
+        indices = self.layers_to_transform
+        if indices is not None and not isinstance(indices, int):
+            if not isinstance(indices, (list, tuple, set)) or not all(isinstance(i, int) for i in indices):
+                raise TypeError(
+                    f"LoraConfig: layers_to_transform is {indices!r}, expected an integer or a list of them"
+                )
+            self.layers_to_transform = list(indices)
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"LoraConfig: {name} goes with a list of target_modules, not with the string "
+                        f"{self.target_modules!r}; put the layers into the regular expression"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("LoraConfig: layers_pattern is given without layers_to_transform; say which layers")
+        for pattern in self.pattern_list():
+            _check_pattern("layers_pattern", pattern)
+
+    def pattern_list(self) -> list[str]:
+        """layers_pattern as a list; empty for any."""
+        pattern = self.layers_pattern
+        return ([pattern] if pattern else []) if isinstance(pattern, str) else list(pattern or [])
+
+
+_UNSUPPORTED = frozenset(
+    """megatron_config megatron_core trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora
+    velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
+    lora_bias target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
+)
+
+
+def _changes_anything(runtime_config: Any) -> bool:
+    """Whether a runtime_config (PEFT's object, a dict, or None) asks for something other than its defaults."""
+    fields = runtime_config if isinstance(runtime_config, dict) else getattr(runtime_config, "__dict__", {})
+    return any(fields.values())
+
+
+def _pattern_matches(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _pattern_of(patterns: dict, path: str) -> str | None:
+    """The first key that matches the path's end."""
+    return next((key for key in patterns if _pattern_matches(key, path)), None)
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"LoraConfig: {name} holds {pattern!r}, expected a string")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"LoraConfig: {name} {pattern!r} is not a valid regular expression: {error}") from None
+
+
+def _check_strings(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"LoraConfig: {name} is {value!r}, expected a list of strings")
+    if "" in value:
+        raise ValueError(f"LoraConfig: {name} holds an empty name")

@@ -1,0 +1,21 @@
+"""Which methods there are. A method is a folder here and one line below."""
+
+from __future__ import annotations
+
+from pyfastpeft.methods.base import Method, PeftConfig, PeftType
+from pyfastpeft.methods.lora import LoraMethod
+
+METHODS: dict[PeftType, Method] = {method.peft_type: method for method in (LoraMethod(),)}
+
+
+def method_for(peft_type: PeftType | str | None) -> Method:
+    """The method a config's peft_type names; ValueError lists what there is."""
+    try:
+        return METHODS[PeftType(peft_type)]
+    except (KeyError, ValueError):
+        names = ", ".join(sorted(t.value for t in METHODS))
+        raise ValueError(f"peft_type is {peft_type!r}, expected one of {names}") from None
+
+
+def config_class_for(peft_type: PeftType | str | None) -> type[PeftConfig]:
+    return method_for(peft_type).config_class

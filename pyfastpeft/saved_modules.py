@@ -1,0 +1,150 @@
+"""modules_to_save: modules trained whole beside an adapter and saved with it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from pyfastpeft.methods.base import (
+    AdapterHolder,
+    MethodLayer,
+    PeftConfig,
+    TaskType,
+    bare_modules,
+    named_by,
+    replace_module,
+)
+from pyfastpeft.nn import as_base_linear
+
+HEAD_NAMES = ("classifier", "score")
+
+
+class ModulesToSaveWrapper(AdapterHolder):
+    """A module trained whole: `original_module`, and a copy of it per adapter in `modules_to_save`.
+
+    The copy of the active adapter answers in place of the original. At most one adapter can be active here.
+    """
+
+    def __init__(self, original_module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+
+    def add_adapter(self, name: str) -> None:
+        module = copy.deepcopy(self.original_module)
+        module.requires_grad_(False)
+        self.modules_to_save[name] = module
+
+    def held_adapters(self) -> list[str]:
+        return list(self.modules_to_save)
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self.modules_to_save:
+            return {}
+        return self.modules_to_save[name].state_dict(keep_vars=True)
+
+    def remove_adapter(self, name: str) -> None:
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+            self.active = tuple(other for other in self.active if other != name)
+
+    def activate(self, names: Iterable[str], trainable: bool) -> None:
+        here = [name for name in names if name in self.modules_to_save]
+        if len(here) > 1:
+            raise ValueError(
+                f"adapters {here} each have a copy of the same module in modules_to_save: only one of them can be active"
+            )
+        super().activate(here, trainable)
+
+    def bare_module(self) -> nn.Module:
+        return self.original_module
+
+    def result_module(self) -> nn.Module:
+        return self.modules_to_save[self.active[0]] if self.active else self.original_module
+
+    def _current(self) -> nn.Module:
+        return self.result_module() if self.enabled else self.original_module
+
+    def forward(self, *args, **kwargs):
+        return self._current()(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self._current(), name)
+
+
+def saved_module_names(config: PeftConfig) -> list[str]:
+    """modules_to_save, and the head's usual names for a classification task."""
+    names = list(config.modules_to_save or [])
+    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        names += [name for name in HEAD_NAMES if name not in names]
+    return names
+
+
+def check_saved_modules(
+    model: nn.Module, config: PeftConfig, adapter_name: str, strict: bool = True
+) -> dict[str, nn.Module]:
+    """{path: module} that modules_to_save names; fills config.modules_to_save with the head's names.
+
+    Raises ValueError when an entry matches nothing (strict; a warning otherwise), or names a quantised module, which
+    cannot be trained.
+    """
+    names = saved_module_names(config)
+    asked = set(config.modules_to_save or [])
+    if names:
+        config.modules_to_save = names
+    modules = dict(bare_modules(model))
+    found = {path: module for path, module in modules.items() if path and named_by(path, names)}
+    for name in sorted(asked):
+        if any(path == name or path.endswith(f".{name}") for path in found) or name in HEAD_NAMES:
+            continue
+        near = difflib.get_close_matches(name, sorted({p.rpartition(".")[2] for p in modules if p}), n=3)
+        message = f"modules_to_save: {name!r} matches no module of the model"
+        message += f"; near misses: {', '.join(near)}" if near else ""
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+    outermost = {p: m for p, m in found.items() if not any(p.startswith(other + ".") for other in found)}
+    for path, module in outermost.items():
+        if isinstance(module, MethodLayer):
+            raise ValueError(
+                f"modules_to_save: {path} is adapted by an earlier adapter and cannot be saved whole as well"
+            )
+        inside = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        for part, child in inside.named_modules():
+            view = as_base_linear(child)
+            if view is not None and view.is_quantized:
+                raise ValueError(
+                    f"modules_to_save: {'.'.join(filter(None, (path, part)))} is quantised and cannot be trained; keep "
+                    "it dense with quantize_model(..., skip=...)"
+                )
+        shared = {id(p) for p in inside.parameters()}
+        ties = [p for p, m in modules.items() if p != path and not p.startswith(path + ".") and _holds(m, shared)]
+        if ties:
+            warnings.warn(
+                f"modules_to_save: {path} shares a weight with {ties[0]}; the trained copy does not", stacklevel=3
+            )
+    return outermost
+
+
+def _holds(module: nn.Module, ids: set[int]) -> bool:
+    return any(id(parameter) in ids for parameter in module._parameters.values())
+
+
+def add_saved_modules(model: nn.Module, saved: dict[str, nn.Module], adapter_name: str) -> None:
+    """Gives every module of check_saved_modules() a copy for the adapter."""
+    for module in saved.values():
+        wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
+        wrapper.train(module.training).add_adapter(adapter_name)
+        if wrapper is not module:
+            module.requires_grad_(False)
+            replace_module(model, module, wrapper)

@@ -1,6 +1,6 @@
 """pyfastpeft: parameter-efficient fine-tuning at the speed of the hardware."""
 
-from pyfastpeft import nn, ops
+from pyfastpeft import nn, ops, optim
 from pyfastpeft.build_info import build_info
 from pyfastpeft.methods import LoraConfig, PeftConfig, PeftType, TaskType
 from pyfastpeft.nn.load_quantized import load_quantized_state_dict
@@ -37,6 +37,7 @@ __all__ = [
     "load_quantized_state_dict",
     "nn",
     "ops",
+    "optim",
     "prepare_model_for_kbit_training",
     "quantize_model",
 ]

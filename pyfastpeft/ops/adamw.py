@@ -33,7 +33,7 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """The same dense layout: the i-th value in memory is the same element of both."""
     if a.is_contiguous() and b.is_contiguous():
         return True
-    return a.stride() == b.stride() and torch._prims_common.is_non_overlapping_and_dense(a)
+    return a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
 
 
 def _fail(index: int, name: str, got: str, expected: str, error: type[Exception] = ValueError):
@@ -251,6 +251,8 @@ def adamw_(
     Raises ValueError for lists, shapes or layouts that do not fit, TypeError for dtypes.
     Source: Loshchilov & Hutter, arXiv:1711.05101; 8-bit state: Dettmers et al., arXiv:2110.02861.
     """
+    if not any(map(len, (params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters))):
+        return  # the dispatcher needs a tensor to choose a device by
     is_tensor = isinstance(lr, torch.Tensor)
     _op(
         params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters,

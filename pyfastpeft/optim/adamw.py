@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,7 @@ from pyfastpeft.reference.nf4 import dynamic_map
 MIN_8BIT_NUMEL = 4096  # smaller tensors keep fp32 state (formats.md, and bitsandbytes' min_8bit_size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def standard_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The signed and the unsigned dynamic map, one copy on each device for all parameters."""
     return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)

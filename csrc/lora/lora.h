@@ -19,7 +19,7 @@
 namespace pyfastpeft {
 
 struct LoraDropout {
-  float p;             // probability of zero, in [0, 1]; 0: no dropout and the seed is not read
+  double p;            // probability of zero, in [0, 1]; 0: no dropout and the seed is not read
   std::uint64_t seed;  // Philox key
 };
 

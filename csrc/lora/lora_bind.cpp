@@ -9,8 +9,8 @@ void check_numel(std::int64_t got, std::int64_t rows, std::int64_t cols, const c
   check(got == rows * cols, op, ": ", name, " has ", got, " values, expected ", rows, " x ", cols);
 }
 
-LoraDropout dropout(float p, std::uint64_t seed, const char* op) {
-  check(p >= 0.0f && p <= 1.0f, op, ": dropout_p is ", p, ", expected a probability from 0 to 1");
+LoraDropout dropout(double p, std::uint64_t seed, const char* op) {
+  check(p >= 0.0 && p <= 1.0, op, ": dropout_p is ", p, ", expected a probability from 0 to 1");
   return {p, seed};
 }
 
@@ -21,7 +21,7 @@ DType dtype_of(int code, const char* op) {
 }
 
 void shrink(Address x, std::int64_t x_numel, int dtype, std::int64_t M, std::int64_t D, Address a, std::int64_t a_numel,
-            std::int64_t R, float alpha, float p, std::uint64_t seed, Address s, std::int64_t s_numel) {
+            std::int64_t R, float alpha, double p, std::uint64_t seed, Address s, std::int64_t s_numel) {
   const char* op = "lora_shrink";
   check_numel(x_numel, M, D, op, "x");
   check_numel(a_numel, R, D, op, "a");
@@ -36,7 +36,7 @@ void shrink(Address x, std::int64_t x_numel, int dtype, std::int64_t M, std::int
 }
 
 void expand(Address s, std::int64_t s_numel, std::int64_t M, std::int64_t R, Address c, std::int64_t c_numel,
-            std::int64_t D, float p, std::uint64_t seed, int dtype, Address y, std::int64_t y_numel) {
+            std::int64_t D, double p, std::uint64_t seed, int dtype, Address y, std::int64_t y_numel) {
   const char* op = "lora_expand";
   check_numel(s_numel, M, R, op, "s");
   check_numel(c_numel, R, D, op, "c");
@@ -51,7 +51,7 @@ void expand(Address s, std::int64_t s_numel, std::int64_t M, std::int64_t R, Add
 }
 
 void accumulate(Address p, std::int64_t p_numel, std::int64_t M, std::int64_t R, Address x, std::int64_t x_numel,
-                int dtype, std::int64_t D, float drop_p, std::uint64_t seed, Address g, std::int64_t g_numel) {
+                int dtype, std::int64_t D, double drop_p, std::uint64_t seed, Address g, std::int64_t g_numel) {
   const char* op = "lora_accumulate";
   check_numel(p_numel, M, R, op, "p");
   check_numel(x_numel, M, D, op, "x");
@@ -65,7 +65,7 @@ void accumulate(Address p, std::int64_t p_numel, std::int64_t M, std::int64_t R,
   lora_accumulate_cpu(left, M, R, right, x_dtype, D, drop, to);
 }
 
-void dropout_values(Address x, std::int64_t begin, std::int64_t count, float p, std::uint64_t seed, Address out) {
+void dropout_values(Address x, std::int64_t begin, std::int64_t count, double p, std::uint64_t seed, Address out) {
   const char* op = "lora_dropout";
   const LoraDropout drop = dropout(p, seed, op);
   const auto* from = pointer<float>(x, count, op, "x");

@@ -64,7 +64,7 @@ void lora_accumulate_cpu(const float* p, std::int64_t M, std::int64_t R, const v
 
 void lora_dropout_cpu(const float* x, std::int64_t begin, std::int64_t count, const LoraDropout& drop, float* out) {
   std::copy_n(x, count, out);
-  if (drop.p > 0.0f) lora_drop_values(out, begin, count, drop);
+  if (drop.p > 0.0) lora_drop_values(out, begin, count, drop);
 }
 
 }  // namespace pyfastpeft

@@ -16,12 +16,12 @@ namespace pyfastpeft {
 namespace {
 
 // keep iff the 32 random bits of the position are at least p·2^32
-inline std::uint64_t lora_drop_threshold(float p) { return std::uint64_t(double(p) * 4294967296.0 + 0.5); }
+inline std::uint64_t lora_drop_threshold(double p) { return std::uint64_t(p * 4294967296.0 + 0.5); }
 
 // values[i] = keep(begin + i) ? values[i] / (1 - p) : 0
 inline void lora_drop_values(float* values, std::int64_t begin, std::int64_t count, const LoraDropout& drop) {
   const std::uint64_t threshold = lora_drop_threshold(drop.p);
-  const float scale = drop.p < 1.0f ? float(1.0 / (1.0 - double(drop.p))) : 0.0f;
+  const float scale = drop.p < 1.0 ? float(1.0 / (1.0 - drop.p)) : 0.0f;
   std::int64_t i = 0;
   while (i < count) {
     const std::uint64_t position = std::uint64_t(begin + i);
@@ -37,7 +37,7 @@ void lora_load_panel(const T* x, std::int64_t begin, std::int64_t count, const L
   std::int64_t i = 0;
   for (; i + V::width <= count; i += V::width) V::load(x + begin + i).store(panel + i);
   if (i < count) store_part(load_part<V>(x + begin + i, count - i), panel + i, count - i);
-  if (drop.p > 0.0f) lora_drop_values(panel, begin, count, drop);
+  if (drop.p > 0.0) lora_drop_values(panel, begin, count, drop);
 }
 
 template <typename V>
@@ -174,7 +174,7 @@ void lora_expand_rows(const LoraExpandArgs& args, std::int64_t begin, std::int64
         for (std::int64_t i = 0; i < rows; ++i) {
           float* row = panel.data() + i * kLoraChunk;
           const std::int64_t first = (m + i) * args.D + d;
-          if (args.drop.p > 0.0f) lora_drop_values(row, first, count, args.drop);
+          if (args.drop.p > 0.0) lora_drop_values(row, first, count, args.drop);
           std::int64_t j = 0;
           for (; j + V::width <= count; j += V::width) (V::load(y + first + j) + V::load(row + j)).store(y + first + j);
           if (j < count)

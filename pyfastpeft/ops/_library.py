@@ -7,6 +7,7 @@ would hand it the null pointers of fake tensors and hide the op from compile, ch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,7 @@ def register_op(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     autocast: Callable | None = None,
+    no_gradient: str | None = None,
     tags: tuple = (),
 ) -> Callable:
     """Registers `pyfastpeft::<schema>` and returns its OpOverload.
@@ -44,6 +46,7 @@ def register_op(
     cpu, cuda      the implementations, called below autograd with real tensors of that device
     fake           shapes and dtypes of the outputs from those of the inputs; no data is read
     setup_context, backward   as in torch.library.register_autograd; tensors among the positional arguments only
+    no_gradient    instead of a backward: why there is none; the RuntimeError that backpropagating through it raises says so
     autocast       called with (dtype, *args, **kwargs) under autocast; returns (args, kwargs) with the casts made
     """
     LIBRARY.define(schema, tags=tags)
@@ -52,6 +55,8 @@ def register_op(
     if cuda is not None:
         LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"pyfastpeft::{name}", fake, lib=LIBRARY)
+    if no_gradient is not None:
+        setup_context, backward = _refuse(name, no_gradient)
     if backward is not None:
         _register_autograd(name, setup_context, backward)
     base, _, overload = name.partition(".")
@@ -59,6 +64,14 @@ def register_op(
     if autocast is not None:
         _register_autocast(name, op, autocast)
     return op
+
+
+def _refuse(name: str, reason: str) -> tuple[Callable, Callable]:
+    # without a node of its own the result would come out as a constant, and gradients would be wrong in silence
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{name}: {reason}")
+
+    return (lambda ctx, inputs, output: None), backward
 
 
 def _register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
@@ -111,3 +124,20 @@ def _register_autocast(name: str, op: Callable, rule: Callable) -> None:
                 return op(*args, **kwargs)
 
         LIBRARY.impl(name, redispatch, {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device])
+
+
+def vmap_by_loop(op: Callable, info, in_dims: tuple, *args):
+    """The batching rule of any op with tensor results: one call per element, stacked."""
+    calls = []
+    for i in range(info.batch_size):
+        calls.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+    if isinstance(calls[0], tuple):
+        return tuple(torch.stack(each) for each in zip(*calls, strict=True)), (0,) * len(calls[0])
+    return torch.stack(calls), 0
+
+
+def register_vmap(op: Callable, rule: Callable | None = None) -> None:
+    """torch.library.register_vmap's rule(info, in_dims, *args); without one, vmap_by_loop."""
+    if rule is None:
+        rule = functools.partial(vmap_by_loop, op)
+    torch.library.register_vmap(op, rule, lib=LIBRARY)

@@ -1,211 +1,241 @@
-"""linear_4bit: a linear layer whose weight stays in 4 bits, with its low-rank path.
+"""linear_4bit: a linear layer whose weight is in 4 bits, with its low-rank path. Kernels: csrc/nf4/nf4_matmul.h, csrc/lora.
 
-    y = x·Wᵀ + b + s·drop(x)·Aᵀ·Bᵀ,   W [N, K] the dequantised weight, of which only a tile exists at a time
+W [N, K] is frozen, so the gradients are those of ops/lora.py without dW. The whole of W is never dequantised:
 
-The maths is pyfastpeft/reference/nf4.py and reference/lora.py, the kernels csrc/nf4/nf4_matmul*. Few tokens: dot products
-straight from the packed bytes. Many: W is walked in tiles that stay in the cache, each decoded once and multiplied by
-torch's matmul. For dy [M, N] the gradients are linear_lora's, with dx = dy·W over tiles of W's columns, so that every
-element of dx is one complete sum over N and no partial result is ever rounded. W itself has no gradient: it is codes.
+    few rows of x    y straight from the packed bytes: fp32 dot products of decoded fp32 weights, one rounding
+    many             W in tiles of at most TILE_BYTES, each dequantised (rounded once to x's dtype) into one buffer that
+                     stays in the cache, and multiplied there by torch's matmul:
+                       y  [:, n : n + rows] = x  · W[n : n + rows, :]ᵀ        a tile is some rows of W
+                       dx [:, k : k + cols] = dy · W[:, k : k + cols]         a tile is some columns, so that no sum
+                                                                              is cut into pieces rounded one by one
+    float16          the same with fp32 tiles and some rows of x at a time in fp32: CPUs multiply fp16 slowly or not at all
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from pyfastpeft._native import _C
-from pyfastpeft.ops._library import dtype_code, register_op
-from pyfastpeft.ops.lora import LORA_SCHEMA, add_lora_, add_lora_backward_, check_linear, draw_seed
+from pyfastpeft.ops._library import dtype_code, register_op, register_vmap, vmap_by_loop
+from pyfastpeft.ops._linear import (
+    LORA_SCHEMA,
+    add_lora_,
+    as_rows,
+    autocasts,
+    check_grad,
+    check_operands,
+    check_x,
+    draw_seed,
+    lora_backward_,
+)
+from pyfastpeft.ops.nf4 import _check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
-_OP = "linear_4bit"
-# Up to this many tokens the product is bound by reading W, and decoding it again for each call costs less than tiles.
-MATVEC_MAX_TOKENS = 8
-# Bytes of a decoded tile: it is written, then read by the matmul, so it should stay in the last-level cache.
-TILE_BYTES = 4 << 20
+MATVEC_ROWS = 8  # up to this many rows of x the packed bytes are read directly
+TILE_BYTES = 2 << 20
+FLOAT16_ROWS = 256  # of x, widened at a time
 
 
-def _numel(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel()
-
-
-def _ptr(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _check(op, device, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape) -> tuple[int, int]:
+    """N and K of the weight."""
+    _check_flat(packed, absmax, nested_absmax, nested_map, offset)
+    _C.nf4_check(blocksize, quant_type, op)
+    if len(shape) != 2:
+        raise ValueError(f"{op}: the weight's shape is {tuple(shape)}, expected (N, K)")
+    if packed.device != device:
+        raise ValueError(f"{op}: the weight is on {packed.device}, x is on {device}; move one with .to(device)")
+    return shape[0], shape[1]
 
 
 class _Weight:
-    """The flat arguments of a quantised weight, contiguous and kept alive, with their checked C++ view."""
+    """A 4-bit weight for the length of a call: the binding's view of it, and the tensors that view points into."""
 
-    def __init__(self, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype) -> None:
-        self.N, self.K = shape
-        self.tensors = [None if t is None else t.contiguous() for t in (packed, absmax, nested_absmax, nested_map)]
-        self.offset = offset
-        flat = [value for t in self.tensors for value in (_ptr(t), _numel(t))]
-        self.view = _C.PackedWeight(*flat, _ptr(offset), self.N, self.K, blocksize, quant_type)
-        self.blocksize = blocksize
+    def __init__(self, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, N, K) -> None:
+        tensors = [packed, absmax, nested_absmax, nested_map, offset]
+        tensors = [None if t is None else t.contiguous() for t in tensors]
+        sizes = [(0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors]
+        self.tensors, self.N, self.K = tensors, N, K
+        self.view = _C.PackedWeight(*sizes[0], *sizes[1], *sizes[2], *sizes[3], sizes[4][0], N, K, blocksize, quant_type)
 
     def tile(self, row: int, rows: int, col: int, cols: int, buffer: torch.Tensor) -> torch.Tensor:
-        """W[row : row + rows, col : col + cols] in the buffer's dtype, decoded into the front of the buffer."""
-        out = buffer[: rows * cols].view(rows, cols)
-        code = dtype_code(out.dtype, _OP, "x")
+        """W[row : row + rows, col : col + cols] in buffer's dtype, written into its beginning."""
+        out = buffer[: rows * cols]
+        code = dtype_code(buffer.dtype, "linear_4bit", "the tile")
         _C.nf4_dequantize_tile_cpu(self.view, row, rows, col, cols, code, out.data_ptr(), out.numel())
-        return out
+        return out.view(rows, cols)
 
 
-def _check_weight(packed, absmax, nested_absmax, nested_map, offset, shape, device) -> None:
-    if len(shape) != 2:
-        raise ValueError(f"{_OP}: the quantised weight has shape {tuple(shape)}, expected [N, K]")
-    nested = offset is not None
-    if (nested_absmax is not None) != nested or (nested_map is not None) != nested:
-        raise ValueError(f"{_OP}: nested_absmax, nested_map and offset are given together or not at all")
-    for name, tensor, dtype in (
-        ("packed", packed, torch.uint8),
-        ("absmax", absmax, torch.uint8 if nested else torch.float32),
-        ("nested_absmax", nested_absmax, torch.float32),
-        ("nested_map", nested_map, torch.float32),
-        ("offset", offset, torch.float32),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise TypeError(f"{_OP}: {name} has dtype {tensor.dtype}, expected {dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{_OP}: {name} is on {tensor.device}, x is on {device}; move one with .to(device)")
-    if nested and offset.numel() != 1:
-        raise ValueError(f"{_OP}: offset has {offset.numel()} values, expected 1")
+def _tiles(length: int, other: int, itemsize: int, multiple: int):
+    """(begin, count) of the tiles along `length`, each count · other · itemsize bytes or little more."""
+    step = max(1, TILE_BYTES // max(1, other * itemsize) // multiple) * multiple
+    return [(begin, min(step, length - begin)) for begin in range(0, length, step)]
 
 
-def _split(args):
-    """(x, flat weight, bias, lora_a, lora_b, scaling, dropout_p, seed) from the op's arguments."""
-    return args[0], args[1:10], *args[10:]
+def _matvec(w: _Weight, x, bias, y) -> None:
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    address, count = (0, 0) if bias is None else (bias.data_ptr(), bias.numel())
+    code = dtype_code(x.dtype, "linear_4bit", "x")
+    _C.nf4_matvec_cpu(
+        w.view, x.data_ptr(), x.numel(), x.shape[0], address, count, code, y.data_ptr(), y.numel()
+    )  # fmt: skip
 
 
-def _check(args) -> None:
-    x, flat, bias, lora_a, lora_b, _, dropout_p, seed = _split(args)
-    _check_weight(*flat[:5], flat[7], x.device)
-    check_linear(_OP, x, *flat[7], bias, lora_a, lora_b, dropout_p, seed)
+def _row_chunks(M: int, dtype: torch.dtype):
+    step = FLOAT16_ROWS if dtype == torch.float16 else max(1, M)
+    return [(begin, min(step, M - begin)) for begin in range(0, M, step)]
 
 
-def _matmul(x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K] · Wᵀ + bias, x contiguous."""
-    M, N, K = x.shape[0], weight.N, weight.K
-    y = x.new_empty(M, N)
-    if M <= MATVEC_MAX_TOKENS:
-        wide = None if bias is None else bias.float().contiguous()
-        code = dtype_code(x.dtype, _OP, "x")
-        _C.nf4_matvec_cpu(
-            weight.view, x.data_ptr(), x.numel(), M, _ptr(wide), _numel(wide), code, y.data_ptr(), y.numel()
-        )
-        return y
-    rows = min(N, max(1, TILE_BYTES // max(1, K * x.element_size())))
-    buffer = x.new_empty(rows * K)
-    bias = None if bias is None else bias.to(x.dtype)
-    for row in range(0, N, rows):
-        count = min(rows, N - row)
-        tile = weight.tile(row, count, 0, K, buffer)
-        part = bias[row : row + count] if bias is not None else None
-        y[:, row : row + count] = torch.nn.functional.linear(x, tile, part)
-    return y
+def _matmul(w: _Weight, x, bias, y) -> None:
+    """y [M, N] = x [M, K] · Wᵀ + bias, by tiles of W's rows."""
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    tiles = _tiles(w.N, w.K, dtype.itemsize, 16)
+    buffer = torch.empty(max(count for _, count in tiles) * w.K, dtype=dtype)
+    for n, count in tiles:
+        tile = w.tile(n, count, 0, w.K, buffer).t()
+        for m, rows in _row_chunks(x.shape[0], x.dtype):
+            _product(x[m : m + rows], tile, None if bias is None else bias[n : n + count], y[m : m + rows, n : n + count])
 
 
-def _matmul_transposed(grad: torch.Tensor, weight: _Weight) -> torch.Tensor:
-    """grad [M, N] · W, over tiles of W's columns: whole blocks of columns where blocks end with the rows."""
-    M, N, K = grad.shape[0], weight.N, weight.K
-    cols = max(1, TILE_BYTES // max(1, N * grad.element_size()))
-    cols = min(K, max(weight.blocksize, cols // weight.blocksize * weight.blocksize))
-    buffer = grad.new_empty(N * cols)
-    out = grad.new_empty(M, K)
-    for col in range(0, K, max(1, cols)):
-        count = min(cols, K - col)
-        out[:, col : col + count] = grad @ weight.tile(0, N, col, count, buffer)
-    return out
+def _matmul_backward(w: _Weight, grad, grad_x) -> None:
+    """grad_x [M, K] = grad [M, N] · W, by tiles of W's columns."""
+    dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+    tiles = _tiles(w.K, w.N, dtype.itemsize, 64)
+    buffer = torch.empty(max(count for _, count in tiles) * w.N, dtype=dtype)
+    for k, count in tiles:
+        tile = w.tile(0, w.N, k, count, buffer)
+        for m, rows in _row_chunks(grad.shape[0], grad.dtype):
+            _product(grad[m : m + rows], tile, None, grad_x[m : m + rows, k : k + count])
 
 
-def _forward_cpu(*args):
-    _check(args)
-    x, flat, bias, lora_a, lora_b, scaling, dropout_p, seed = _split(args)
-    weight = _Weight(*flat)
-    rows = x.reshape(-1, weight.K).contiguous() if x.numel() else x.new_empty(x.shape[:-1].numel(), weight.K)
-    y = _matmul(rows, weight, bias)
-    if lora_a is not None:
-        add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed)
-    return y.view(*x.shape[:-1], weight.N)
+def _product(x, tile, bias, out) -> None:
+    """out = x · tile + bias, where out may be a strided part of a matrix and of another dtype than the tile."""
+    if out.dtype != tile.dtype:
+        x = x.to(tile.dtype)
+        out.copy_(torch.mm(x, tile) if bias is None else torch.addmm(bias, x, tile))
+    elif bias is None:
+        torch.mm(x, tile, out=out)
+    else:
+        torch.addmm(bias, x, tile, out=out)
 
 
-def _forward_fake(*args):
-    _check(args)
-    x, flat, *_ = _split(args)
-    return x.new_empty((*x.shape[:-1], flat[7][0]))
+def _forward_cpu(
+    x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, bias, lora_a, lora_b,
+    scaling, dropout_p, seed,
+):  # fmt: skip
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
+    N, K = _check("linear_4bit", x.device, *flat, shape)
+    check_operands("linear_4bit", x.device, N, K, bias, lora_a, lora_b, dropout_p, seed)
+    check_x("linear_4bit", x, N, K)
+    rows, w = as_rows(x), _Weight(*flat, N, K)
+    y = x.new_empty(rows.shape[0], N)
+    if y.numel():
+        (_matvec if rows.shape[0] <= MATVEC_ROWS else _matmul)(w, rows, bias, y)
+        if lora_a is not None:
+            add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed)
+    return y.view(*x.shape[:-1], N)
 
 
-def _backward_cpu(grad, x, *args):
-    flat, (bias_dtype, lora_a, lora_b, scaling, dropout_p, seed, output_mask) = args[:9], args[9:]
+def _forward_fake(
+    x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, bias, lora_a, lora_b,
+    scaling, dropout_p, seed,
+):  # fmt: skip
+    N, K = _check(
+        "linear_4bit", x.device, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape
+    )
+    check_operands("linear_4bit", x.device, N, K, bias, lora_a, lora_b, dropout_p, seed)
+    check_x("linear_4bit", x, N, K)
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask) -> tuple[int, int]:
+    op = "linear_4bit_backward"
+    N, K = _check(op, grad_output.device, *flat, shape)
+    check_operands(op, grad_output.device, N, K, None, lora_a, lora_b, dropout_p, seed)
+    reads_x = output_mask[2] or output_mask[3]
+    if reads_x and lora_a is None:
+        raise ValueError(f"{op}: output_mask {list(output_mask)} asks for LoRA gradients, and lora_a is None")
+    check_grad(op, grad_output, x, N, K, reads_x)
+    return N, K
+
+
+def _backward_cpu(
+    grad_output, x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, lora_a, lora_b,
+    scaling, dropout_p, seed, output_mask,
+):  # fmt: skip
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
+    N, K = _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_bias, need_a, need_b = output_mask
-    weight = _Weight(*flat)
-    M = x.shape[:-1].numel()
-    rows, grad = x.reshape(M, weight.K).contiguous(), grad.reshape(M, weight.N).contiguous()
-    empty = x.new_empty
-    grad_x = _matmul_transposed(grad, weight) if need_x else None
-    grad_a = grad_b = None
+    grad, empty = as_rows(grad_output), grad_output.new_empty
+    grad_x = grad_a = grad_b = None
+    if need_x:
+        grad_x = empty(grad.shape[0], K)
+        if grad_x.numel():
+            _matmul_backward(_Weight(*flat, N, K), grad, grad_x)
     if lora_a is not None:
-        grad_a, grad_b = add_lora_backward_(
-            grad_x, grad, rows, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b
-        )  # fmt: skip
+        rows = as_rows(x) if need_a or need_b else None
+        grad_a, grad_b = lora_backward_(grad_x, grad, rows, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b)
     return (
-        grad_x.view(x.shape) if need_x else empty(0),
-        grad.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else empty(0, dtype=bias_dtype),
-        grad_a if need_a else empty(0, dtype=x.dtype if lora_a is None else lora_a.dtype),
-        grad_b if need_b else empty(0, dtype=x.dtype if lora_b is None else lora_b.dtype),
+        grad_x.view(*grad_output.shape[:-1], K) if need_x else empty(0),
+        grad.sum(0, dtype=torch.float32) if need_bias else empty(0, dtype=torch.float32),
+        grad_a if need_a else empty(0, dtype=torch.float32 if lora_a is None else lora_a.dtype),
+        grad_b if need_b else empty(0, dtype=torch.float32 if lora_b is None else lora_b.dtype),
     )
 
 
-def _backward_fake(grad, x, *args):
-    flat, (bias_dtype, lora_a, lora_b, _, _, _, output_mask) = args[:9], args[9:]
-    shapes = (x.shape, flat[7][:1], getattr(lora_a, "shape", (0,)), getattr(lora_b, "shape", (0,)))
-    dtypes = (x.dtype, bias_dtype, getattr(lora_a, "dtype", x.dtype), getattr(lora_b, "dtype", x.dtype))
-    return tuple(
-        x.new_empty(shape if need else (0,), dtype=dtype)
-        for shape, dtype, need in zip(shapes, dtypes, output_mask, strict=True)
+def _backward_fake(
+    grad_output, x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, lora_a, lora_b,
+    scaling, dropout_p, seed, output_mask,
+):  # fmt: skip
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
+    N, K = _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    need_x, need_bias, need_a, need_b = output_mask
+    empty = grad_output.new_empty
+    return (
+        empty((*grad_output.shape[:-1], K) if need_x else (0,)),
+        empty((N,) if need_bias else (0,), dtype=torch.float32),
+        empty(lora_a.shape if need_a else (0,), dtype=torch.float32 if lora_a is None else lora_a.dtype),
+        empty(lora_b.shape if need_b else (0,), dtype=torch.float32 if lora_b is None else lora_b.dtype),
     )
-
-
-_backward_op = register_op(
-    f"linear_4bit_backward(Tensor grad_output, Tensor x, {flat_schema}, ScalarType bias_dtype, Tensor? lora_a, "
-    f"Tensor? lora_b, {LORA_SCHEMA}, bool[4] output_mask) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_lora_a, "
-    "Tensor grad_lora_b)",
-    cpu=_backward_cpu,
-    fake=_backward_fake,
-)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, flat, bias, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed = _split(inputs)
+    x, *flat = inputs[:10]
+    bias, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed = inputs[10:]
+    ctx.rest = flat[5:]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.constants = flat[5:]
-    ctx.save_for_backward(x, *flat[:5], lora_a, lora_b, seed)
+    need = ctx.needs_input_grad
+    # a frozen layer without LoRA keeps no activation alive
+    ctx.save_for_backward(x if need[11] or need[12] else None, *flat[:5], lora_a, lora_b, seed)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad_output):
     x, *tensors, lora_a, lora_b, seed = ctx.saved_tensors
     need = ctx.needs_input_grad
-    mask = [need[0], need[10] and ctx.bias_dtype is not None, need[11], need[12]]
-    grad_x, *others = (
-        g if wanted else None
-        for g, wanted in zip(
-            _backward_op(
-                grad, x, *tensors, *ctx.constants, ctx.bias_dtype or x.dtype, lora_a, lora_b,
-                ctx.scaling, ctx.dropout_p, seed, mask,
-            ),
-            mask,
-            strict=True,
-        )
+    mask = [need[0], need[10], need[11], need[12]]
+    grads = _backward_op(
+        grad_output, grad_output if x is None else x, *tensors, *ctx.rest, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed,
+        mask,
     )  # fmt: skip
-    return grad_x, *(None,) * 9, *others, None, None, None
+    grad_x, grad_bias, grad_a, grad_b = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_x, *(None,) * 9, grad_bias, grad_a, grad_b, None, None, None
 
 
-def _autocast(dtype, x, *args):
-    return (x.to(dtype), *args), {}
+def _autocast(dtype, x, *rest):
+    return (x.to(dtype) if autocasts(x) else x, *rest), {}
 
 
+_backward_op = register_op(
+    f"linear_4bit_backward(Tensor grad_output, Tensor x, {flat_schema}, Tensor? lora_a, Tensor? lora_b, {LORA_SCHEMA}, "
+    "bool[4] output_mask) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    no_gradient="second derivatives of linear_4bit are not implemented; detach what should not be differentiated twice",
+)
 _op = register_op(
     f"linear_4bit(Tensor x, {flat_schema}, Tensor? bias, Tensor? lora_a, Tensor? lora_b, {LORA_SCHEMA}) -> Tensor",
     cpu=_forward_cpu,
@@ -214,6 +244,17 @@ _op = register_op(
     backward=_backward,
     autocast=_autocast,
 )
+
+
+def _vmap(info, in_dims, x, *rest):
+    dropout_p = rest[-2]
+    if dropout_p == 0 and all(dim is None or isinstance(dim, (list, tuple)) for dim in in_dims[1:]):
+        return _op(x.movedim(in_dims[0], 0), *rest), 0  # the batch is one more token dimension
+    return vmap_by_loop(_op, info, in_dims, x, *rest)
+
+
+register_vmap(_op, _vmap)
+register_vmap(_backward_op)
 
 
 def linear_4bit(
@@ -226,17 +267,20 @@ def linear_4bit(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x·Wᵀ + b + scaling · drop(x)·Aᵀ·Bᵀ with W in 4 bits   (QLoRA, arXiv:2305.14314, eq. 5).
+    """y = x·Wᵀ + b + scaling · drop(x)·Aᵀ·Bᵀ with W = dequantize_4bit(q): QLoRA's layer in one op.
 
     x          [..., K] float32, float16 or bfloat16, any strides
-    q          QuantizedTensor of shape [N, K]; frozen
-    bias       [N] any float dtype, or None
-    lora_a     [R, K], lora_b [N, R]: both or neither; float32 or any float dtype, computed in fp32
-    scaling, dropout_p, seed   as in linear_lora
+    q          QuantizedTensor of shape [N, K] on x's device, NF4 or FP4, plain or double-quantised; read only
+    bias       [N] of any of these dtypes, or None
+    lora_a, lora_b, scaling, dropout_p, seed   as in linear_lora; without lora_a and lora_b the layer alone
 
-    Returns [..., N] of x's dtype (under autocast: of its dtype, as F.linear). Gradients to x, bias, lora_a and lora_b.
-    W is rounded to x's dtype for many tokens, and taken in fp32 for up to MATVEC_MAX_TOKENS.
-    Raises ValueError / TypeError naming the argument that does not fit.
+    Returns [..., N] in x's dtype; under autocast x is cast to its dtype, as F.linear's would be. Gradients to x, bias,
+    lora_a and lora_b, each in its own dtype; W is frozen. The weight is never dequantised as a whole, forward or
+    backward, and x is kept for the backward only where lora_a or lora_b require grad.
+
+    Raises TypeError for other dtypes, ValueError for shapes, devices or probabilities that do not fit.
+    Source: Dettmers et al., "QLoRA", arXiv:2305.14314, equations 5 and 6.
     """
-    seed = draw_seed(x, dropout_p, seed) if lora_a is not None else None
-    return _op(x, *q.flat(), bias, lora_a, lora_b, scaling, dropout_p if lora_a is not None else 0.0, seed)
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"linear_4bit: q is a {type(q).__name__}, expected a QuantizedTensor (pf.ops.quantize_4bit makes one)")
+    return _op(x, *q.flat(), bias, lora_a, lora_b, scaling, dropout_p, draw_seed(x, dropout_p, seed))

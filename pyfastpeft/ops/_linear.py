@@ -1,0 +1,159 @@
+"""What linear_lora and linear_4bit share: the checks of their arguments, the dropout seed, and the low-rank path."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pyfastpeft._native import _C
+from pyfastpeft.ops._library import dtype_code
+
+LORA_SCHEMA = "float scaling, float dropout_p, Tensor? seed"
+
+
+def check_x(op: str, x, N: int, K: int) -> None:
+    dtype_code(x.dtype, op, "x")
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected [..., {K}] for a weight [{N}, {K}]")
+
+
+def check_grad(op: str, grad_output, x, N: int, K: int, reads_x: bool) -> None:
+    """The backward ops' own: grad_output [..., N], and x [..., K] of as many rows where it is read."""
+    dtype_code(grad_output.dtype, op, "grad_output")
+    if grad_output.dim() < 1 or grad_output.shape[-1] != N:
+        raise ValueError(
+            f"{op}: grad_output has shape {tuple(grad_output.shape)}, expected [..., {N}] for a weight [{N}, {K}]"
+        )
+    expected = (*grad_output.shape[:-1], K)
+    if reads_x and (x.dtype != grad_output.dtype or tuple(x.shape) != expected or x.device != grad_output.device):
+        raise ValueError(
+            f"{op}: x is {x.dtype} {tuple(x.shape)} on {x.device}, expected {grad_output.dtype} {expected} on "
+            f"{grad_output.device} for grad_output {tuple(grad_output.shape)} and a weight [{N}, {K}]"
+        )
+
+
+def check_operands(op: str, device, N: int, K: int, bias, lora_a, lora_b, dropout_p: float, seed) -> None:
+    """Everything but x and the weight, for real and fake tensors alike."""
+    if bias is not None:
+        dtype_code(bias.dtype, op, "bias")
+        if bias.dim() != 1 or bias.shape[0] != N:
+            raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({N},) for a weight [{N}, {K}]")
+    if lora_a is not None and lora_b is not None:
+        dtype_code(lora_a.dtype, op, "lora_a")
+        dtype_code(lora_b.dtype, op, "lora_b")
+        if lora_a.dim() != 2 or lora_a.shape[1] != K:
+            raise ValueError(
+                f"{op}: lora_a has shape {tuple(lora_a.shape)}, expected [R, {K}] for a weight [{N}, {K}]"
+            )
+        if lora_b.dim() != 2 or lora_b.shape[0] != N or lora_b.shape[1] != lora_a.shape[0]:
+            raise ValueError(
+                f"{op}: lora_b has shape {tuple(lora_b.shape)}, expected [{N}, {lora_a.shape[0]}] for a weight "
+                f"[{N}, {K}] and lora_a {tuple(lora_a.shape)}"
+            )
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability from 0 to 1")
+        if dropout_p > 0 and seed is None:
+            raise ValueError(f"{op}: dropout_p is {dropout_p} but seed is None; give an int64 tensor with one value")
+        if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+            raise ValueError(f"{op}: seed is {seed.dtype} of shape {tuple(seed.shape)}, expected int64 of shape (1,)")
+    elif lora_a is not lora_b:
+        raise ValueError(
+            f"{op}: {'lora_a' if lora_a is None else 'lora_b'} is None, expected both lora_a and lora_b or neither"
+        )
+    elif dropout_p != 0:
+        raise ValueError(
+            f"{op}: dropout_p is {dropout_p} without lora_a and lora_b; dropout acts on the LoRA path alone: give 0"
+        )
+    for name, tensor in (("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b), ("seed", seed)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {device}; move one with .to(device)")
+
+
+def draw_seed(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor | None:
+    """The seed of a call's dropout: the caller's, or a fresh one from torch's generator on x's device.
+
+    A tensor, so that compiled and captured code draws a new one each step, and so that a checkpointed recomputation,
+    which restores the generator, draws the same one.
+    """
+    if seed is not None or dropout_p == 0:
+        return seed
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Whether F.linear under autocast would cast it: floating point, but not double."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., D] → contiguous [M, D]; a copy only where strides demand one."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
+
+
+# ---- the three products of csrc/lora/lora.h on CPU tensors -----------------------------------------------------------
+
+
+def _key(dropout_p: float, seed: torch.Tensor | None) -> int:
+    return seed.item() & 0xFFFFFFFFFFFFFFFF if dropout_p > 0 else 0
+
+
+def _f32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
+def _shrink(x: torch.Tensor, a: torch.Tensor, alpha: float, p: float, key: int) -> torch.Tensor:
+    """alpha · drop(x [M, D]) · a [R, D]ᵀ, fp32 [M, R]."""
+    (M, D), R = x.shape, a.shape[0]
+    s = torch.empty(M, R, dtype=torch.float32)
+    _C.lora_shrink_cpu(
+        x.data_ptr(), x.numel(), dtype_code(x.dtype, "linear_lora", "x"), M, D, a.data_ptr(), a.numel(), R, alpha, p, key,
+        s.data_ptr(), s.numel(),
+    )  # fmt: skip
+    return s
+
+
+def _expand_(y: torch.Tensor, s: torch.Tensor, c: torch.Tensor, p: float, key: int) -> None:
+    """y [M, D] += drop(s [M, R] · c [R, D])."""
+    (M, R), D = s.shape, c.shape[1]
+    _C.lora_expand_cpu(
+        s.data_ptr(), s.numel(), M, R, c.data_ptr(), c.numel(), D, p, key,
+        dtype_code(y.dtype, "linear_lora", "y"), y.data_ptr(), y.numel(),
+    )  # fmt: skip
+
+
+def _accumulate(s: torch.Tensor, x: torch.Tensor, p: float, key: int) -> torch.Tensor:
+    """s [M, R]ᵀ · drop(x [M, D]), fp32 [R, D]."""
+    (M, R), D = s.shape, x.shape[1]
+    g = torch.empty(R, D, dtype=torch.float32)
+    _C.lora_accumulate_cpu(
+        s.data_ptr(), s.numel(), M, R, x.data_ptr(), x.numel(), dtype_code(x.dtype, "linear_lora", "x"), D, p, key,
+        g.data_ptr(), g.numel(),
+    )  # fmt: skip
+    return g
+
+
+def add_lora_(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> None:
+    """y [M, N] += scaling · drop(x [M, K]) · Aᵀ · Bᵀ; x and y contiguous."""
+    s = _shrink(x, _f32(lora_a), scaling, dropout_p, _key(dropout_p, seed))
+    _expand_(y, s, _f32(lora_b.t()), 0.0, 0)
+
+
+def lora_backward_(grad_x, grad, x, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b):
+    """Adds the low-rank part to grad_x (None: not wanted); returns (grad_lora_a, grad_lora_b), None where not wanted.
+
+    grad [M, N] and x [M, K] are contiguous; x is read only for the two gradients.
+    """
+    key = _key(dropout_p, seed)
+    a = _f32(lora_a)
+    grad_a = grad_b = None
+    if grad_x is not None or need_a:
+        ds = _shrink(grad, _f32(lora_b.t()), scaling, 0.0, 0)
+        if grad_x is not None:
+            _expand_(grad_x, ds, a, dropout_p, key)
+        if need_a:
+            grad_a = _accumulate(ds, x, dropout_p, key).to(lora_a.dtype)
+    if need_b:
+        s = _shrink(x, a, scaling, dropout_p, key)
+        grad_b = _accumulate(s, grad, 0.0, 0).t().to(lora_b.dtype).contiguous()
+    return grad_a, grad_b

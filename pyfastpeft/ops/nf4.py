@@ -130,11 +130,11 @@ def _numel(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel()
 
 
-def _check_flat(packed, absmax, nested_absmax, nested_map, offset) -> None:
+def check_flat(packed, absmax, nested_absmax, nested_map, offset, op: str = "dequantize_4bit") -> None:
     nested = (nested_absmax, nested_map, offset)
     if any(t is None for t in nested) != all(t is None for t in nested):
         raise ValueError(
-            "dequantize_4bit: nested_absmax, nested_map and offset are given together (double quantisation) or not at "
+            f"{op}: nested_absmax, nested_map and offset are given together (double quantisation) or not at "
             f"all; got {', '.join('None' if t is None else 'a tensor' for t in nested)}"
         )
     expected = [("packed", packed, torch.uint8), ("absmax", absmax, torch.float32 if offset is None else torch.uint8)]
@@ -143,17 +143,17 @@ def _check_flat(packed, absmax, nested_absmax, nested_map, offset) -> None:
         expected += [(name, tensor, torch.float32) for name, tensor in zip(names, nested, strict=True)]
     for name, tensor, dtype in expected:
         if tensor.dtype != dtype:
-            raise TypeError(f"dequantize_4bit: {name} has dtype {tensor.dtype}, expected {dtype}")
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}")
         if tensor.device != packed.device:
-            raise ValueError(f"dequantize_4bit: {name} is on {tensor.device}, packed is on {packed.device}")
+            raise ValueError(f"{op}: {name} is on {tensor.device}, packed is on {packed.device}")
     if offset is not None and offset.numel() != 1:
-        raise ValueError(f"dequantize_4bit: offset has {offset.numel()} values, expected 1")
+        raise ValueError(f"{op}: offset has {offset.numel()} values, expected 1")
 
 
 def _dequantize_into(
     out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
 ) -> None:
-    _check_flat(packed, absmax, nested_absmax, nested_map, offset)
+    check_flat(packed, absmax, nested_absmax, nested_map, offset)
     # named, so that a copy made by .contiguous() outlives the call
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if offset is not None:
@@ -176,7 +176,7 @@ def _dequantize_cpu(
 
 def _dequantize_fake(packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype):
     dtype_code(dtype, "dequantize_4bit", "the output")
-    _check_flat(packed, absmax, nested_absmax, nested_map, offset)
+    check_flat(packed, absmax, nested_absmax, nested_map, offset)
     _C.nf4_check(blocksize, quant_type, "dequantize_4bit")
     return packed.new_empty(shape, dtype=dtype)
 

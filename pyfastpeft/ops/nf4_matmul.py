@@ -30,7 +30,7 @@ from pyfastpeft.ops._linear import (
     draw_seed,
     lora_backward_,
 )
-from pyfastpeft.ops.nf4 import _check_flat
+from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
 MATVEC_ROWS = 8  # up to this many rows of x the packed bytes are read directly
@@ -40,7 +40,7 @@ FLOAT16_ROWS = 256  # of x, widened at a time
 
 def _check(op, device, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape) -> tuple[int, int]:
     """N and K of the weight."""
-    _check_flat(packed, absmax, nested_absmax, nested_map, offset)
+    check_flat(packed, absmax, nested_absmax, nested_map, offset, op)
     _C.nf4_check(blocksize, quant_type, op)
     if len(shape) != 2:
         raise ValueError(f"{op}: the weight's shape is {tuple(shape)}, expected (N, K)")

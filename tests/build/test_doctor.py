@@ -73,6 +73,7 @@ def test_gpu_route(capability, route):
 def test_gpu_route_without_ptx_for_the_gpu():
     assert doctor.gpu_route(["90a"], (9, 0)) == "native"
     assert doctor.gpu_route(["90a"], (10, 0)) is None
+    assert doctor.gpu_route(["100a"], (10, 3)) is None and doctor.gpu_route(["100"], (10, 3)) == "native"
     assert doctor.gpu_route(["120", "120+PTX"], (10, 0)) is None
 
 

@@ -350,7 +350,9 @@ def _topics(stdlib: Path) -> list[tuple[str, str]]:
     if source is not None:
         try:
             for statement in _parse(source).body:
-                targets = statement.targets if isinstance(statement, ast.Assign) else ()
+                if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or statement.value is None:
+                    continue
+                targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
                 if any(isinstance(target, ast.Name) and target.id == "topics" for target in targets):
                     topics = ast.literal_eval(statement.value)
         except (SyntaxError, ValueError):

@@ -19,7 +19,7 @@ import pytest
 from pyfastpeft.demo import MODEL_DIRECTORY, corpus
 
 SIZE_LIMIT = 8_000_000  # bytes of package data
-LOSS_BOUND = 1.6  # nats per byte; 5.8 for a random model, about 3.1 for a model of single-byte frequencies
+LOSS_BOUND = 1.35  # nats per byte; 5.8 for a random model, about 3.1 for a model of single-byte frequencies
 
 
 def long_lines(text: str) -> set[str]:
@@ -228,12 +228,12 @@ def test_shipped_model_has_learned_english(model_and_tokenizer) -> None:
     from pyfastpeft.demo.pretrain import byte_tokens, heldout_loss
 
     model, _ = model_and_tokenizer
-    loss = heldout_loss(model, byte_tokens(corpus.english_text()[1]), limit=24_577)
+    loss = heldout_loss(model, byte_tokens(corpus.english_text()[1]), limit=12_289)
     stated = re.search(r"held-out loss: ([\d.]+) nats per byte", (MODEL_DIRECTORY / "PRETRAINING.md").read_text())
     assert stated is not None
     assert loss < LOSS_BOUND
     assert math.isclose(loss, float(stated.group(1)), abs_tol=0.35)  # a part of the text, of maybe another CPython
-    python_loss = heldout_loss(model, byte_tokens(corpus.python_source()[1]), limit=8_193)
+    python_loss = heldout_loss(model, byte_tokens(corpus.python_source()[1]), limit=4_097)
     assert python_loss > loss  # the demo's other domain leaves something to learn
 
 

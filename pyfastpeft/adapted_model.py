@@ -12,7 +12,6 @@ from torch import nn
 from pyfastpeft.inject import remove_hollow_holders, tied_targets
 from pyfastpeft.methods.base import AdapterHolder, MethodLayer, PeftConfig, adapter_holders, replace_module
 from pyfastpeft.methods.registry import method_for
-from pyfastpeft.nn import as_base_linear
 from pyfastpeft.quantize_model import dequantize_model
 
 
@@ -198,7 +197,7 @@ class AdaptedModel(nn.Module):
         self._untie(layers)
         errors = {}
         for path, layer in _progress(layers, "merging", progressbar):
-            quantized = as_base_linear(layer.base_layer).is_quantized and dtype is None
+            quantized = layer.base.is_quantized and dtype is None
             held = any(name in layer.held_adapters() for name in names)
             error = layer.merge(names, keep_snapshot, dtype)
             if quantized and held:

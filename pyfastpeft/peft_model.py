@@ -45,7 +45,9 @@ class PeftModel(nn.Module):
     def _finish(self, adapted: AdaptedModel) -> None:
         self.base_model = adapted
         self._show_signature()
-        if getattr(adapted.model, "is_gradient_checkpointing", False):
+        flag = "is_activation_checkpointing"  # transformers < 5 has it under the older name
+        flag = flag if hasattr(adapted.model, flag) else "is_gradient_checkpointing"
+        if getattr(adapted.model, flag, False):
             self._make_inputs_require_grad()
 
     def _show_signature(self) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyfastpeft.nn import BaseLinear, as_base_linear
+
 # the release of Hugging Face PEFT whose fields, defaults and files these are; written where a config says none
 PEFT_VERSION = "0.21.2"
 KEY_PREFIX = "base_model.model."
@@ -175,8 +177,16 @@ class MethodLayer(AdapterHolder):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._view = as_base_linear(base_layer)
         self.merged_adapters: tuple[str, ...] = ()
         self._snapshot: Any = None
+
+    @property
+    def base(self) -> BaseLinear:
+        """The view of base_layer; kept, because torch.compile cannot trace how one is found."""
+        if self._view.module is not self.base_layer:
+            self._view = as_base_linear(self.base_layer)
+        return self._view
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer

@@ -78,8 +78,8 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         self._refuse_unsupported()
-        self._check_numbers()
         self._check_names()
+        self._check_numbers()
         self._check_layers()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

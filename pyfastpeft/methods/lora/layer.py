@@ -16,7 +16,6 @@ from torch import nn
 
 from pyfastpeft.methods.base import MethodLayer
 from pyfastpeft.methods.lora.config import LoraConfig
-from pyfastpeft.nn import as_base_linear
 
 
 class LoraLinear(MethodLayer):
@@ -27,7 +26,7 @@ class LoraLinear(MethodLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        base = as_base_linear(base_layer)
+        base = self.base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -38,12 +37,12 @@ class LoraLinear(MethodLayer):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        return as_base_linear(self.base_layer).fan_in_fan_out
+        return self.base.fan_in_fan_out
 
     def add_adapter(self, name: str, config: LoraConfig, path: str, *, fp32: bool, init: bool) -> None:
         """Adds an adapter with the rank and alpha that the config has for this path; frozen until it is activated."""
         rank, alpha = config.rank_for(path), config.alpha_for(path)
-        base = as_base_linear(self.base_layer)
+        base = self.base
         wide = torch.promote_types(base.weight_dtype, torch.float32) if fp32 else base.weight_dtype
         # drawn on the CPU, so that a seed gives the same adapter on every device
         a, b = draw_weights(self.in_features, self.out_features, rank, config.init_lora_weights if init else None)
@@ -76,7 +75,7 @@ class LoraLinear(MethodLayer):
         """x [..., K] -> y [..., N] in the dtype the base gives."""
         if not self.active or not self.enabled or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
-        base = as_base_linear(self.base_layer)
+        base = self.base
         if len(self.active) == 1:
             (name,) = self.active
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -113,7 +112,7 @@ class LoraLinear(MethodLayer):
     def _merged_weight(self, names: Iterable[str]) -> torch.Tensor:
         """W + Σ s · B A, summed in fp32 and not yet rounded to what the base stores."""
         deltas = [self.get_delta_weight(name) for name in names]
-        weight = as_base_linear(self.base_layer).get_weight(deltas[0].dtype)
+        weight = self.base.get_weight(deltas[0].dtype)
         return sum(deltas, start=weight)
 
     @torch.no_grad()
@@ -124,7 +123,7 @@ class LoraLinear(MethodLayer):
                 if not torch.isfinite(tensor).all():
                     raise ValueError(f"adapter {name!r} has NaN or infinities in {tensor_name}; not merged")
         if safe and names:
-            merged = self._merged_weight(names).to(as_base_linear(self.base_layer).weight_dtype)
+            merged = self._merged_weight(names).to(self.base.weight_dtype)
             if not torch.isfinite(merged).all():
                 raise ValueError(
                     f"merging {list(names)} gives NaN or infinities in {merged.dtype}; not merged. Merge into a wider "
@@ -136,7 +135,7 @@ class LoraLinear(MethodLayer):
         names = self._mergeable(names)
         if not names:
             return 0.0
-        base = as_base_linear(self.base_layer)
+        base = self.base
         merged = self._merged_weight(names)
         if keep_snapshot and self._snapshot is None:
             self._snapshot = base.snapshot_weight()
@@ -154,7 +153,7 @@ class LoraLinear(MethodLayer):
             return
         if self._snapshot is None:
             raise RuntimeError("LoraLinear: the adapters were merged for good; load the base model again")
-        as_base_linear(self.base_layer).restore_weight(self._snapshot)
+        self.base.restore_weight(self._snapshot)
         self._snapshot, self.merged_adapters = None, ()
 
     def _mergeable(self, names: Iterable[str]) -> tuple[str, ...]:

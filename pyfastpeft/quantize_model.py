@@ -12,7 +12,13 @@ from pyfastpeft import ops
 from pyfastpeft.nn.dense import first_non_finite
 from pyfastpeft.nn.nf4_linear import NF4Linear
 from pyfastpeft.nn.quantization_plan import make_plan
-from pyfastpeft.nn.quantization_report import QuantizationReport, QuantizedEntry
+from pyfastpeft.nn.quantization_report import (
+    QuantizationReport,
+    QuantizedEntry,
+    model_bytes,
+    quantized_entry,
+    record_in_config,
+)
 
 # from this many weights on the work takes long enough to be watched (about 10 s on two cores)
 _PROGRESS_FROM = 1 << 30
@@ -44,7 +50,8 @@ def quantize_model(
     (T5's wo, MultiheadAttention, TransformerEncoderLayer's fast path); subclasses of nn.Linear; layers with hooks; and
     every other parameter of two or more dimensions: embeddings, convolutions, 3-D expert weights.
 
-    Each dense weight is freed before the next is touched: the peak is the model as it was plus one quantised layer.
+    Each dense weight is freed before the next is touched: the peak is the model as it was plus one quantised layer (and
+    the transposed copy of one Conv1D).
     All checks come before the first change, so a refused model is left as it was. A transformers config gets the
     quantization_config that bitsandbytes' checkpoints have: save_pretrained's folder loads there too.
 
@@ -73,7 +80,7 @@ def quantize_model(
             advance()
     report.model_bytes_after = model_bytes(model)
     model.quantization_report = report
-    _record_in_config(model, report, compute_dtype)
+    record_in_config(model, report, compute_dtype)
     return model
 
 
@@ -96,19 +103,6 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return model
 
 
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, buffers and 4-bit statistics; shared storages once."""
-    storages = {}
-    for module in model.modules():
-        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        if isinstance(module, NF4Linear):
-            tensors += module.quantized.tensors().values()
-        for tensor in tensors:
-            if not nn.parameter.is_lazy(tensor):
-                storages[(tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)] = tensor.nbytes
-    return sum(storages.values())
-
-
 def _check_weights(model: nn.Module, layers: list[str], blocksize: int, quant_type: str, double_quant: bool) -> None:
     for name in layers:
         weight = model.get_submodule(name).weight.detach()
@@ -129,11 +123,7 @@ def _check_weights(model: nn.Module, layers: list[str], blocksize: int, quant_ty
 def _quantize_layer(model, name, places, blocksize, double_quant, compute_dtype, quant_type) -> QuantizedEntry:
     linear = model.get_submodule(name)
     new = NF4Linear.from_linear(linear, blocksize, double_quant, compute_dtype, quant_type)
-    weight = linear.weight
-    entry = QuantizedEntry(
-        name=name, kind=type(linear).__name__, shape=(new.out_features, new.in_features),
-        dtype=str(weight.dtype).removeprefix("torch."), bytes_before=weight.nbytes, bytes_after=new.quantized.nbytes,
-    )  # fmt: skip
+    entry = quantized_entry(name, new, type(linear).__name__)
     for parent, attribute in places:
         setattr(model.get_submodule(parent), attribute, new)
     return entry
@@ -152,22 +142,3 @@ def _progress(layers: int, values: int) -> Iterator:
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("quantising to 4 bits", total=layers)
         yield lambda: bar.advance(task)
-
-
-def _record_in_config(model: nn.Module, report: QuantizationReport, compute_dtype: torch.dtype | None) -> None:
-    """Says in a transformers config what bitsandbytes' checkpoints say there, so that the saved folder loads anywhere."""
-    config = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        return
-    dtype = compute_dtype or getattr(torch, report.quantized[0].dtype)
-    dense = [e.name.removesuffix(".weight") for e in report.skipped if e.name.endswith(".weight") and len(e.shape) == 2]
-    config.quantization_config = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": report.quant_type,
-        "bnb_4bit_use_double_quant": report.double_quant,
-        "llm_int8_skip_modules": dense,
-    }

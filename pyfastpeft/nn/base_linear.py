@@ -276,7 +276,8 @@ def _is_dense_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     weight = module.weight
-    foreign = type(weight).__module__.startswith(("bitsandbytes.", "torchao."))
+    # a compiled forward has been looked at when it was built, and dynamo cannot trace the class of a tensor
+    foreign = not torch.compiler.is_compiling() and type(weight).__module__.startswith(("bitsandbytes.", "torchao."))
     return not foreign and weight.is_floating_point() and weight.itemsize >= 2 and weight.dim() == 2
 
 

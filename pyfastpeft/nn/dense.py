@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import nn
 
@@ -13,7 +11,6 @@ def is_conv1d(module: nn.Module) -> bool:
     return conv1d_class(type(module)) is not None
 
 
-@functools.cache
 def conv1d_class(cls: type) -> type | None:
     """transformers' Conv1D among the classes `cls` derives from, or None."""
     return next((c for c in cls.__mro__ if c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")), None)

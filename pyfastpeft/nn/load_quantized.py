@@ -11,6 +11,8 @@ from torch import nn
 from pyfastpeft.nn.dense import is_conv1d
 from pyfastpeft.nn.nf4_linear import NF4Linear
 from pyfastpeft.nn.nf4_load import copied
+from pyfastpeft.nn.quantization_plan import skipped_entries
+from pyfastpeft.nn.quantization_report import QuantizationReport, model_bytes, quantized_entry, record_in_config
 from pyfastpeft.quantized_tensor import QuantizedTensor
 
 _STATE = ".quant_state"
@@ -33,6 +35,8 @@ def load_quantized_state_dict(
     state_dict   the keys of csrc/nf4/README.md, as NF4Linear or bitsandbytes' Linear4bit saves them, beside dense ones
     strict       missing and unexpected keys are an error; the model then has its own layers again
 
+    Sets model.quantization_report and a transformers config's quantization_config, as quantize_model does.
+
     Weights that the model ties and the file holds once are tied again (model.tie_weights, where there is one). Raises
     RuntimeError as load_state_dict does; ValueError for a 4-bit key without a layer of its shape, a damaged weight, and
     for tensors still on the meta device afterwards (non-persistent buffers: build those for real, for instance with
@@ -47,7 +51,25 @@ def load_quantized_state_dict(
     except Exception:
         _replace(model, old)
         raise
+    _report(model, compute_dtype)
     return model
+
+
+def _report(model: nn.Module, compute_dtype: torch.dtype | None) -> None:
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, NF4Linear)}
+    if not layers:
+        return
+    first = next(iter(layers.values()))
+    report = QuantizationReport(first.quant_type, first.blocksize, first.double_quant)
+    report.quantized = [quantized_entry(name, layer, "NF4Linear") for name, layer in layers.items()]
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    dense = dict.fromkeys(linear, "dense in the checkpoint")
+    report.skipped = skipped_entries(modules, dense, layers)
+    report.model_bytes_after = model_bytes(model)
+    report.model_bytes_before = report.model_bytes_after - report.bytes_after + report.bytes_before
+    model.quantization_report = report
+    record_in_config(model, report, compute_dtype)
 
 
 def _replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def make_plan(model: nn.Module, skip: Iterable[str] | None) -> Plan:
         else:
             _check_weight(name, module.weight)
             layers.append(name)
-    skipped = _skipped_entries(modules, set(layers), reasons)
+    skipped = skipped_entries(modules, reasons, set(layers))
     if not layers:
         listed = "; ".join(f"{e.name}: {e.reason}" for e in skipped[:8]) or "it has no linear layer"
         raise ValueError(f"quantize_model: nothing to quantise in this {type(model).__name__} ({listed})")
@@ -200,7 +200,10 @@ def _owners(modules: dict[str, nn.Module]) -> dict[tuple, list[str]]:
     return owners
 
 
-def _skipped_entries(modules, layers: set[str], reasons: dict[str, str]) -> list[SkippedEntry]:
+def skipped_entries(
+    modules: dict[str, nn.Module], reasons: dict[str, str], layers: Collection[str] = ()
+) -> list[SkippedEntry]:
+    """Every parameter of two or more dimensions but the weights of `layers`, with its module's reason or what it is."""
     entries = []
     for name, module in modules.items():
         for attribute, parameter in module._parameters.items():

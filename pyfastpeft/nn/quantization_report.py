@@ -6,6 +6,11 @@ import dataclasses
 import math
 import re
 
+import torch
+from torch import nn
+
+from pyfastpeft.nn.nf4_linear import NF4Linear
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedEntry:
@@ -89,7 +94,7 @@ def _grouped(entries, key):
     """(name with * for the numbers that vary, " × count", one of them) per group of like entries, in order."""
     groups: dict[tuple, list] = {}
     for entry in entries:
-        groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name), *key(entry)), []).append(entry)
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", entry.name), *key(entry)), []).append(entry)
     for (pattern, *_), members in groups.items():
         one = len(members) == 1
         yield members[0].name if one else pattern, "" if one else f" × {len(members)}", members[0]
@@ -103,3 +108,48 @@ def readable_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def quantized_entry(name: str, layer: NF4Linear, kind: str) -> QuantizedEntry:
+    """The entry of a layer that had the class `kind`."""
+    shape = (layer.out_features, layer.in_features)
+    return QuantizedEntry(
+        name=name,
+        kind=kind,
+        shape=shape,
+        dtype=str(layer.quantized_dtype).removeprefix("torch."),
+        bytes_before=math.prod(shape) * layer.quantized_dtype.itemsize,
+        bytes_after=layer.quantized.nbytes,
+    )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, buffers and 4-bit statistics; shared storages once."""
+    storages = {}
+    for module in model.modules():
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        if isinstance(module, NF4Linear):
+            tensors += module.quantized.tensors().values()
+        for tensor in tensors:
+            if not nn.parameter.is_lazy(tensor):
+                storages[(tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)] = tensor.nbytes
+    return sum(storages.values())
+
+
+def record_in_config(model: nn.Module, report: QuantizationReport, compute_dtype: torch.dtype | None) -> None:
+    """Says in a transformers config what bitsandbytes' checkpoints say there, so that the saved folder loads anywhere."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return
+    dtype = report.quantized[0].dtype if compute_dtype is None else str(compute_dtype).removeprefix("torch.")
+    dense = [e.name.removesuffix(".weight") for e in report.skipped if e.name.endswith(".weight") and len(e.shape) == 2]
+    config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": report.quant_type,
+        "bnb_4bit_use_double_quant": report.double_quant,
+        "llm_int8_skip_modules": dense,
+    }

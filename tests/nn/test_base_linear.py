@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -108,6 +109,33 @@ def test_autocast(kind):
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert a.grad.dtype == torch.float32 and a.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [linear, conv1d, nf4])
+def test_compiles_whole_and_once_for_all_steps(kind):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = kind()
+            self.a, self.b = (nn.Parameter(t.detach()) for t in adapters())
+
+        def forward(self, x):
+            return as_base_linear(self.base_layer).forward_lora(x, self.a, self.b, 0.5, 0.3)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for _ in range(3):
+        torch.manual_seed(3)
+        x = torch.randn(4, K)
+        torch.manual_seed(4)
+        y = compiled(x)
+        y.sum().backward()
+        torch.manual_seed(4)
+        torch.testing.assert_close(y, layer(x))
+    assert counter.frame_count == 1
+    assert layer.a.grad.abs().sum() > 0
 
 
 def test_hooks_of_the_module_run():

@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import pyfastpeft as pf
@@ -224,6 +226,25 @@ def test_state_dict_round_trip(quant_type, double_quant, assign):
     assert same_statistics(other["fc"], layer)
     assert torch.equal(other["fc"].bias, layer.bias.to(other["fc"].bias.dtype))
     assert (other["fc"].weight.data_ptr() == layer.weight.data_ptr()) == assign
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 70), k=st.integers(1, 70), blocksize=st.sampled_from([32, 64, 256]), assign=st.booleans(),
+    quant_type=st.sampled_from(["nf4", "fp4"]), double_quant=st.booleans(), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_layer_survives_its_state_dict_and_computes_its_weight(
+    n, k, blocksize, assign, quant_type, double_quant, dtype
+):
+    torch.manual_seed(n)
+    linear = nn.Linear(k, n, dtype=dtype)
+    layer = NF4Linear.from_linear(linear, blocksize=blocksize, quant_type=quant_type, double_quant=double_quant)
+    other = NF4Linear(k, n, dtype=dtype)
+    other.load_state_dict(layer.state_dict(), assign=assign)
+    assert same_statistics(other, layer)
+    x = torch.randn(3, k)
+    truth = layer.dequantize(torch.float32).double()(x.double())
+    torch.testing.assert_close(other(x).double(), truth, atol=1e-5, rtol=1e-5)
 
 
 def test_loading_writes_into_the_tensors_that_are_there():

@@ -64,7 +64,7 @@ MODELS = {
     ),
     mixtral: (
         4,
-        {"lm_head": "output head", "model.layers.0.mlp.experts.gate_up_proj": "a 3-D weight of MixtralExperts"},
+        {"lm_head": "in skip ('lm_head')", "model.layers.0.mlp.experts.gate_up_proj": "a 3-D weight of MixtralExperts"},
     ),
 }
 
@@ -238,6 +238,24 @@ def test_a_saved_folder_loads_into_a_meta_model(tie, tmp_path):
     with torch.no_grad():
         assert torch.equal(other(**given).logits, model(**given).logits)
     assert (other.lm_head.weight is other.model.embed_tokens.weight) == tie
+    assert other.config.quantization_config == model.config.quantization_config
+    mine, theirs = other.quantization_report, model.quantization_report
+    assert mine.bytes_after == theirs.bytes_after and mine.model_bytes_before == theirs.model_bytes_before
+    assert mine.reason("lm_head") == "dense in the checkpoint"
+
+
+def test_offloading_brings_the_bytes_in_and_out(tmp_path):
+    from accelerate import disk_offload
+
+    model = pf.quantize_model(make(llama))
+    given = batch()
+    with torch.no_grad():
+        expected = model(**given).logits
+        disk_offload(model, tmp_path, execution_device="cpu")
+        layer = model.model.layers[0].mlp.up_proj
+        assert layer.weight.is_meta
+        assert torch.equal(model(**given).logits, expected)
+        assert layer.weight.is_meta
 
 
 def test_dequantised_model_saves_and_loads_as_a_plain_one(tmp_path):

@@ -15,6 +15,16 @@ def _llama():
     )  # fmt: skip
 
 
+def _llama_wide():
+    """Every K a multiple of 64: bitsandbytes' AVX-512 dequantise is wrong elsewhere."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, num_key_value_heads=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
 def _gpt2():
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=64)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
@@ -61,10 +71,10 @@ def _bloom():
 
 
 BUILDERS = {
-    "llama": _llama, "gpt2": _gpt2, "bert": _bert, "bert_tokens": _bert_tokens, "t5": _t5, "opt": _opt, "bloom": _bloom,
+    "llama": _llama, "llama_wide": _llama_wide, "gpt2": _gpt2, "bert": _bert, "bert_tokens": _bert_tokens, "t5": _t5, "opt": _opt, "bloom": _bloom,
 }  # fmt: skip
 TASK = {
-    "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "bert_tokens": "TOKEN_CLS", "t5": "SEQ_2_SEQ_LM",
+    "llama": "CAUSAL_LM", "llama_wide": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "bert_tokens": "TOKEN_CLS", "t5": "SEQ_2_SEQ_LM",
     "opt": "CAUSAL_LM", "bloom": "CAUSAL_LM",
 }  # fmt: skip
 

@@ -108,6 +108,16 @@ def test_codes_of_any_moments(seed, n, exponent, zeros):
         assert ((back - values).abs() <= 0.0072 * scale).all()  # half the widest gap of the signed map
 
 
+@pytest.mark.parametrize("largest", [1e-45, 1e-42, 2.9e-39, 1.17e-38, 1.18e-38])
+def test_subnormal_moments(largest, isa):
+    """The reciprocal of a small subnormal absmax overflows; its block is divided instead."""
+    values = torch.linspace(-1, 1, 700) * largest
+    codes, _, absmax, _ = _encode(values)
+    expected_codes, expected_absmax = reference.quantize_moment(values, SIGNED)
+    assert torch.equal(codes, expected_codes) and torch.equal(absmax, expected_absmax)
+    assert codes[0] == 0 and codes[-1] == 255
+
+
 def test_every_code_round_trips(isa):
     codes = torch.arange(256).to(torch.uint8)
     for moment in (0, 1):

@@ -1,0 +1,69 @@
+"""AdamW steps: pyfastpeft (fp32 and 8-bit state) beside torch fused, torch foreach and bitsandbytes, on fp32 parameters.
+
+One row per list of tensors; every candidate steps its own parameters with the same gradients.
+"""
+
+import bitsandbytes
+import torch
+from _harness import Bench
+
+import pyfastpeft as pf
+
+SHAPES = {
+    "one tensor of 32 M values": [(32_000_000,)],
+    "448 matrices of 16x4096": [(16, 4096)] * 448,
+    "10,000 tensors of 256 values": [(256,)] * 10_000,
+}
+LARGE = 4096
+
+
+def parameters(shapes):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    return params
+
+
+def check() -> None:
+    """Three steps: fp32 state ends where torch ends, 8-bit state near it."""
+    ends = []
+    for build in (
+        lambda ps: torch.optim.AdamW(ps, fused=True),
+        pf.optim.AdamW,
+        lambda ps: pf.optim.AdamW(ps, state_bits=8),
+    ):
+        params = parameters([(5000,), (30, 7)])
+        optimizer = build(params)
+        for _ in range(3):
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+    start = torch.cat([p.detach().flatten() for p in parameters([(5000,), (30, 7)])])
+    assert (ends[2] - ends[0]).norm() <= 0.1 * (ends[0] - start).norm()
+
+
+def main() -> None:
+    bench = Bench("adamw", __doc__)
+    for row, shapes in SHAPES.items():
+        values = sum(torch.Size(s).numel() for s in shapes)
+        peers = {
+            "torch fused": lambda ps: torch.optim.AdamW(ps, fused=True),
+            "torch foreach": lambda ps: torch.optim.AdamW(ps, foreach=True),
+        }
+        rows = [(f"{row}, fp32 state", {"ours": pf.optim.AdamW, **peers}, 28 * values)]
+        if torch.Size(shapes[0]).numel() >= LARGE:
+            eight = {
+                "ours 8-bit": lambda ps: pf.optim.AdamW(ps, state_bits=8),
+                "torch fused": peers["torch fused"],
+                "bitsandbytes 8-bit": bitsandbytes.optim.AdamW8bit,
+            }
+            rows.append((f"{row}, 8-bit state", eight, 16 * values + values // 16))
+        for name, builders, moved in rows:
+            optimizers = {candidate: build(parameters(shapes)) for candidate, build in builders.items()}
+            bench.compare(name, {c: o.step for c, o in optimizers.items()}, moved_bytes=moved, check=check)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

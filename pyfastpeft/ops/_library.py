@@ -74,6 +74,13 @@ def _refuse(name: str, reason: str) -> tuple[Callable, Callable]:
     return (lambda ctx, inputs, output: None), backward
 
 
+def _some_requires_grad(*args) -> bool:
+    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+
+
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _some_requires_grad)  # torch 2.6 does not have it yet
+
+
 def _register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
     """torch.library.register_autograd, but also under torch.func: its generated Function refuses functorch's transforms.
 
@@ -104,7 +111,7 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
     apply = super(torch.autograd.Function, Differentiable).apply  # past Function.apply's own functorch handling
 
     def kernel(keyset, *args):
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
             return below(keyset, args)
         if not torch._C._are_functorch_transforms_active():
             return apply(*unwrap_dead_wrappers(args), keyset)

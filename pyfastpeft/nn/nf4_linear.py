@@ -9,7 +9,7 @@ from torch import nn
 
 from pyfastpeft import ops
 from pyfastpeft._nf4_state_dict import to_state_dict
-from pyfastpeft.nn.dense import has_own_forward, is_conv1d
+from pyfastpeft.nn.dense import conv1d_class, has_own_forward, is_conv1d
 from pyfastpeft.nn.nf4_load import copied, quantized_from_state_dict
 from pyfastpeft.quantized_tensor import DTYPES, QuantizedTensor
 from pyfastpeft.reference.nf4 import NESTED_BLOCKSIZE, dynamic_map
@@ -86,7 +86,7 @@ class NF4Linear(nn.Module):
             raise ValueError(
                 "NF4Linear.from_linear: the weight is on the meta device and holds no data; load it before quantising"
             )
-        if has_own_forward(linear, type(linear)):
+        if has_own_forward(linear, conv1d_class(type(linear)) or nn.Linear):
             raise ValueError(
                 f"NF4Linear.from_linear: this {kind} has hooks or a forward of its own, which would be lost; remove "
                 "them before quantising"

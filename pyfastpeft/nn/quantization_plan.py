@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from pyfastpeft.nn.dense import has_own_forward, is_conv1d
+from pyfastpeft.nn.dense import conv1d_class, has_own_forward, is_conv1d
 from pyfastpeft.nn.nf4_linear import NF4Linear
 from pyfastpeft.nn.quantization_report import SkippedEntry
 from pyfastpeft.quantized_tensor import DTYPES
@@ -158,7 +158,7 @@ def _why_not(name: str, module: nn.Module, modules: dict[str, nn.Module], keep_f
         return f"{type(parent).__name__} reads its weight directly"
     if not _is_linear(module):
         return f"a subclass of nn.Linear ({type(module).__module__}.{type(module).__qualname__})"
-    if has_own_forward(module, type(module)):
+    if has_own_forward(module, conv1d_class(type(module)) or nn.Linear):
         return "has hooks or a forward of its own, which would be lost"
     if module.weight.numel() == 0:
         return "has no values"

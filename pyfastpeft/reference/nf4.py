@@ -34,7 +34,7 @@ _FP4_ASCENDING = (0, 1, 6, 7, 4, 5, 2, 3)  # the code of each magnitude, smalles
 @functools.cache
 def _table(quant_type: str) -> torch.Tensor:
     bits = [b - (1 << 32) if b >> 31 else b for b in _TABLE_BITS[quant_type]]
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    return torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32)
 
 
 def quant_map(quant_type: str) -> torch.Tensor:
@@ -46,10 +46,10 @@ def quant_map(quant_type: str) -> torch.Tensor:
 def _dynamic_map(signed: bool) -> torch.Tensor:
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32, device="cpu")
         centres = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
         values += centres.tolist() + ((-centres).tolist() if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def dynamic_map(signed: bool = True) -> torch.Tensor:

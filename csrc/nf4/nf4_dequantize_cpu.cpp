@@ -49,12 +49,15 @@ void nf4_dequantize_blocks_scalar(const Nf4DequantizeArgs& args, const float* ab
 }
 
 void nf4_decode_absmax(const Nf4Absmax& absmax, std::int64_t begin, std::int64_t count, float* out) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t block = begin + i;
-    out[i] =
-        absmax.plain != nullptr
-            ? absmax.plain[block]
-            : absmax.nested_map[absmax.codes[block]] * absmax.nested_absmax[block / kNestedBlocksize] + absmax.offset;
+  if (absmax.plain != nullptr) {
+    std::copy_n(absmax.plain + begin, count, out);
+    return;
+  }
+  const std::int64_t end = begin + count;
+  while (begin < end) {  // up to the next nested block at a time: its scale is one number
+    const std::int64_t stop = std::min(end, (begin / kNestedBlocksize + 1) * kNestedBlocksize);
+    const float scale = absmax.nested_absmax[begin / kNestedBlocksize];
+    for (; begin < stop; ++begin) *out++ = absmax.nested_map[absmax.codes[begin]] * scale + absmax.offset;
   }
 }
 

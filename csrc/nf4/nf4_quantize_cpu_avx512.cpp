@@ -122,29 +122,37 @@ void store_packed(std::uint8_t* out, const __m512i (&code)[4]) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(halves, order));
 }
 
+// Scales of a group of blocks first, then their codes: the reductions and divisions of a group overlap, where one
+// block's would be waited for. 64 values are one step: a part of a block, or two blocks of 32.
+constexpr std::int64_t kGroupValues = 512;
+
 template <typename T, typename Type>
 std::int64_t quantize(const Nf4QuantizeArgs& args, std::int64_t begin, std::int64_t end) {
   const auto* weight = static_cast<const typename T::Stored*>(args.weight);
+  const std::int64_t blocksize = args.blocksize, group = blocksize < kGroupValues ? kGroupValues / blocksize : 1;
+  const std::int64_t whole = end * blocksize <= args.n ? end : end - 1;           // blocks that are not ragged
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(blocksize));  // a division costs as much as a code
   const Type type;
-  // 64 values are one step: a block, a part of one, or two blocks of 32
-  const std::int64_t step = args.blocksize < 64 ? 2 : 1;
-  const std::int64_t whole = args.n / args.blocksize;  // blocks that are not ragged
   std::int64_t block = begin;
-  for (; block + step <= end && block + step <= whole; block += step) {
-    __m512 scale[2];
-    for (std::int64_t i = 0; i < step; ++i) {
-      const std::uint32_t largest = largest_magnitude<T>(weight + (block + i) * args.blocksize, args.blocksize);
+  for (; block + group <= whole; block += group) {
+    float scale[kGroupValues / kMinBlocksize];
+    for (std::int64_t i = 0; i < group; ++i) {
+      const std::uint32_t largest = largest_magnitude<T>(weight + (block + i) * blocksize, blocksize);
       if (largest >= T::kInfinity) return nf4_quantize_blocks_scalar(args, block, end);  // finds the position
       const float absmax = as_float<T>(largest);
       args.absmax[block + i] = absmax;
-      scale[i] = _mm512_set1_ps(1.0f / (absmax > kAbsmaxFloor ? absmax : kAbsmaxFloor));
+      scale[i] = 1.0f / (absmax > kAbsmaxFloor ? absmax : kAbsmaxFloor);
     }
-    if (step == 1) scale[1] = scale[0];
-    const std::int64_t first = block * args.blocksize, last = first + step * args.blocksize;
-    for (std::int64_t i = first; i < last; i += 64) {
-      __m512i code[4];
-      for (int k = 0; k < 4; ++k) code[k] = type.encode(_mm512_mul_ps(T::load(weight + i + 16 * k), scale[k / 2]));
-      store_packed(args.packed + i / 2, code);
+    const std::int64_t first = block * blocksize, count = group * blocksize;
+    const auto* from = weight + first;
+    std::uint8_t* to = args.packed + first / 2;
+    for (std::int64_t i = 0; i < count; i += 64) {
+      const __m512 low = _mm512_set1_ps(scale[i >> shift]), high = _mm512_set1_ps(scale[(i + 32) >> shift]);
+      const __m512i code[4] = {type.encode(_mm512_mul_ps(T::load(from + i), low)),
+                               type.encode(_mm512_mul_ps(T::load(from + i + 16), low)),
+                               type.encode(_mm512_mul_ps(T::load(from + i + 32), high)),
+                               type.encode(_mm512_mul_ps(T::load(from + i + 48), high))};
+      store_packed(to + i / 2, code);
     }
   }
   return block < end ? nf4_quantize_blocks_scalar(args, block, end) : -1;

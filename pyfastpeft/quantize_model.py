@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,6 +18,7 @@ from pyfastpeft.nn.quantization_report import (
     QuantizedEntry,
     model_bytes,
     quantized_entry,
+    readable_bytes,
     record_in_config,
 )
 
@@ -48,7 +50,7 @@ def quantize_model(
     Left dense, each with its reason in `model.quantization_report`: what skip names; weights tied to another module's
     (an output layer sharing the embedding); layers that the model's own code keeps in fp32 or whose weight it reads
     (T5's wo, MultiheadAttention, TransformerEncoderLayer's fast path); subclasses of nn.Linear; layers with hooks; and
-    every other parameter of two or more dimensions: embeddings, convolutions, 3-D expert weights.
+    every other parameter of two or more dimensions: embeddings, convolutions, 3-D expert weights (a warning says so).
 
     Each dense weight is freed before the next is touched: the peak is the model as it was plus one quantised layer (and
     the transposed copy of one Conv1D).
@@ -81,6 +83,7 @@ def quantize_model(
     report.model_bytes_after = model_bytes(model)
     model.quantization_report = report
     record_in_config(model, report, compute_dtype)
+    _warn_of_experts(report)
     return model
 
 
@@ -127,6 +130,18 @@ def _quantize_layer(model, name, places, blocksize, double_quant, compute_dtype,
     for parent, attribute in places:
         setattr(model.get_submodule(parent), attribute, new)
     return entry
+
+
+def _warn_of_experts(report: QuantizationReport) -> None:
+    """Most of a mixture's memory may lie there, so the report alone would be too quiet."""
+    experts = [entry for entry in report.skipped if len(entry.shape) == 3 and entry.reason.startswith("a 3-D weight")]
+    if experts:
+        size, whole = (readable_bytes(n) for n in (sum(e.nbytes for e in experts), report.model_bytes_after))
+        warnings.warn(
+            f"quantize_model: {len(experts)} 3-D expert weights stay dense, {size} of the model's {whole}: "
+            f"{experts[0].name} {list(experts[0].shape)}, …; model.quantization_report lists all",
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager

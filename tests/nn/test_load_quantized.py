@@ -7,6 +7,8 @@ from small_model import Model, kinds, make
 import pyfastpeft as pf
 from pyfastpeft.nn import NF4Linear
 
+pytestmark = pytest.mark.filterwarnings("ignore:quantize_model. 1 3-D expert weights")
+
 
 @pytest.mark.parametrize("target", ["dense", "meta", "quantized"])
 def test_load_quantized_state_dict(target, tmp_path):

@@ -12,6 +12,8 @@ import pyfastpeft as pf
 from pyfastpeft.nn import NF4Linear, nf4_linear
 from pyfastpeft.nn.quantization_report import readable_bytes
 
+pytestmark = pytest.mark.filterwarnings("ignore:quantize_model. 1 3-D expert weights")
+
 
 def test_replaces_the_linear_layers_in_place():
     model = make()
@@ -25,6 +27,13 @@ def test_replaces_the_linear_layers_in_place():
     assert type(model.lm_head) is nn.Linear
     x = torch.randn(3, 64)
     assert (model.layers[0](x) - dense.layers[0](x)).norm() / dense.layers[0](x).norm() < 0.2
+
+
+def test_dense_experts_are_warned_of():
+    with pytest.warns(
+        UserWarning, match=r"1 3-D expert weights stay dense, 32.8 kB of .*: experts.gate_up_proj \[4, 32, 64\]"
+    ):
+        pf.quantize_model(make())
 
 
 def test_options_reach_the_layers():

@@ -9,7 +9,10 @@ import pyfastpeft as pf
 from pyfastpeft.nn import NF4Linear, as_base_linear
 
 # transformers 5 renames it; the old name works in every release this package supports
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:quantize_model. 2 3-D expert weights"),
+]
 
 
 def llama(tie=False, cls=transformers.LlamaForCausalLM, **kwargs):

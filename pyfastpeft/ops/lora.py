@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from pyfastpeft.ops._library import register_op, register_vmap, vmap_by_loop
+from pyfastpeft.ops._library import dtype_code, register_op, register_vmap, vmap_by_loop
 from pyfastpeft.ops._linear import (
     LORA_SCHEMA,
     add_lora_,
@@ -37,6 +37,7 @@ def _check(op, x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
     """`x` is whatever stands for it: grad_output where the backward reads no x."""
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected [N, K]")
+    dtype_code(x.dtype, op, "x")
     if weight.dtype != x.dtype:
         raise TypeError(f"{op}: weight is {weight.dtype} and x is {x.dtype}; convert one with .to(dtype)")
     if weight.device != x.device:

@@ -1,0 +1,331 @@
+"""linear_4bit: values and gradients against fp64 of the dequantised weight, on every instruction set and size of M."""
+
+import os
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from linear_cases import DTYPES, assert_as_exact_as_torch, inputs, run, torch_at_dtype, truth
+
+import pyfastpeft as pf
+from pyfastpeft._native import _C
+from pyfastpeft.ops import nf4_matmul
+from pyfastpeft.reference import nf4 as reference_nf4
+
+SEED = torch.tensor([0x1234_5678_9ABC])
+NAMES = ("y", "x", "bias", "lora_a", "lora_b")
+# M, N, K, R, blocksize: one of everything; blocks that straddle rows; odd N·K; whole blocks; one block over many rows
+CASES = [
+    (1, 1, 1, 1, 32),
+    (1, 33, 47, 3, 64),
+    (4, 64, 128, 8, 64),
+    (8, 130, 96, 16, 32),
+    (9, 21, 35, 5, 64),
+    (70, 128, 192, 16, 64),
+    (33, 50, 1100, 7, 4096),
+    (300, 37, 65, 4, 128),
+]
+
+
+def _dense(q):
+    return reference_nf4.dequantize_4bit(*q.flat()[:-1], torch.float32)
+
+
+def _drop_weight(results):
+    return [r for i, r in enumerate(results) if i != 2]
+
+
+def _check(tensors, grad, q, options, wanted=None):
+    """tensors: x, bias, lora_a, lora_b."""
+    wanted = wanted or [t is not None for t in tensors]
+    got = run(lambda x, *rest: pf.ops.linear_4bit(x, q, *rest, *options), tensors, grad, wanted)
+    dtype = tensors[0].dtype
+    assert got[0].dtype == dtype
+    for tensor, gradient in zip(tensors, got[1:], strict=True):
+        assert gradient is None or gradient.dtype == tensor.dtype
+    x, bias, a, b = tensors
+    dense, all_wanted = _dense(q), [wanted[0], False, *wanted[1:]]
+    exact = _drop_weight(truth([x, dense, bias, a, b], grad, *options, wanted=all_wanted))
+    peers = _drop_weight(torch_at_dtype([x, dense, bias, a, b], grad, *options, wanted=all_wanted))
+    assert_as_exact_as_torch(got, peers, exact, dtype, NAMES)
+
+
+def _case(case, dtype, double_quant=False, quant_type="nf4", kind="randn", lora_dtype=torch.float32):
+    *shape, blocksize = case
+    x, weight, bias, a, b, grad = inputs(shape, dtype, lora_dtype, kind)
+    q = pf.ops.quantize_4bit(weight.float(), blocksize, quant_type, double_quant)
+    return [x, bias, a, b], grad, q
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, dtype, isa):
+    tensors, grad, q = _case(case, dtype, double_quant=case[0] % 2 == 0)
+    _check(tensors, grad, q, (0.5, 0.3, SEED))
+    _check([tensors[0], tensors[1], None, None], grad, q, (1.0, 0.0, None))
+    _check([tensors[0], None, None, None], grad, q, (1.0, 0.0, None))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("M", [2, 40])
+def test_every_format(quant_type, double_quant, M, isa):
+    for blocksize in (32, 64, 256, 4096):
+        tensors, grad, q = _case((M, 70, 260, 4, blocksize), torch.bfloat16, double_quant, quant_type)
+        _check(tensors, grad, q, (1.0, 0.0, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 8, 40])
+def test_inputs_with_a_mean(dtype, M, isa):
+    tensors, grad, q = _case((M, 96, 256, 8, 64), dtype, kind="gelu")
+    _check(tensors, grad + 0.5, q, (1.0, 0.1, SEED))
+
+
+@pytest.mark.parametrize("M", range(1, 20))
+def test_every_small_number_of_rows(M, isa):
+    tensors, grad, q = _case((M, 66, 160, 2, 64), torch.bfloat16)
+    _check(tensors, grad, q, (1.0, 0.0, None))
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES)
+@pytest.mark.parametrize("M", [3, 20])
+def test_dtypes_of_bias_and_adapter(bias_dtype, M):
+    for lora_dtype in DTYPES:
+        tensors, grad, q = _case((M, 37, 45, 4, 64), torch.bfloat16, lora_dtype=lora_dtype)
+        tensors[1] = tensors[1].to(bias_dtype)
+        _check(tensors, grad, q, (1.0, 0.2, SEED))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_one_gradient_at_a_time(index):
+    tensors, grad, q = _case((12, 37, 45, 4, 64), torch.float32)
+    _check(tensors, grad, q, (1.0, 0.2, SEED), wanted=[i == index for i in range(4)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [5, 600])
+def test_many_tiles(dtype, M, monkeypatch):
+    """Tiles of a few rows and columns, and of fewer than a block."""
+    monkeypatch.setattr(nf4_matmul, "TILE_BYTES", 3000)
+    for case in ((M, 70, 96, 3, 64), (M, 33, 200, 3, 512)):
+        tensors, grad, q = _case(case, dtype)
+        _check(tensors, grad, q, (1.0, 0.0, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, K, blocksize", [(7, 96, 32), (7, 97, 64), (5, 640, 64), (40, 3, 4096)])
+def test_tiles_are_parts_of_the_dequantised_weight(N, K, blocksize, dtype, isa):
+    q = pf.ops.quantize_4bit(torch.randn(N, K), blocksize, double_quant=True)
+    whole = pf.ops.dequantize_4bit(q, dtype=dtype)
+    weight = nf4_matmul._Weight(*q.flat()[:7], N, K)
+    for row, rows, col, cols in ((0, N, 0, K), (1, 3, 0, K), (0, N, K // 2, K - K // 2), (2, 1, 1, 1), (3, 0, 0, K)):
+        buffer = torch.full((rows * cols + 8,), torch.nan, dtype=dtype)
+        tile = weight.tile(row, rows, col, cols, buffer)
+        assert torch.equal(tile, whole[row : row + rows, col : col + cols])
+        assert buffer[rows * cols :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 7])
+def test_same_bits_on_every_thread_count(M, dtype, isa):
+    tensors, grad, q = _case((M, 213, 517, 9, 64), dtype)
+    former = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(pf.ops.linear_4bit(tensors[0], q, *tensors[1:], 1.0, 0.3, SEED))
+    finally:
+        torch.set_num_threads(former)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_its_batch(dtype, isa):
+    tensors, _, q = _case((nf4_matmul.MATVEC_ROWS, 70, 260, 4, 64), dtype)
+    whole = pf.ops.linear_4bit(tensors[0], q, tensors[1])
+    for m in range(nf4_matmul.MATVEC_ROWS):
+        assert torch.equal(pf.ops.linear_4bit(tensors[0][m], q, tensors[1]), whole[m])
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,), (2, 3, 4, 6), (3, 5, 6)])
+def test_any_number_of_dimensions(shape):
+    q = pf.ops.quantize_4bit(torch.randn(5, 6), 32)
+    x, grad = torch.randn(shape), torch.randn(*shape[:-1], 5)
+    tensors = [x, torch.randn(5), torch.randn(2, 6), torch.randn(5, 2)]
+    got = run(lambda x, *rest: pf.ops.linear_4bit(x, q, *rest), tensors, grad)
+    exact = _drop_weight(truth([x, _dense(q), *tensors[1:]], grad, 1.0))
+    for ours, true in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("M, N, K", [(4, 0, 5), (4, 3, 0), (30, 0, 5), (30, 3, 0), (0, 3, 5), (0, 0, 0)])
+def test_empty_sides(M, N, K):
+    q = pf.ops.quantize_4bit(torch.randn(N, K), 64)
+    tensors = [torch.randn(M, K), torch.randn(N), torch.randn(2, K), torch.randn(N, 2)]
+    grad = torch.randn(M, N)
+    got = run(lambda x, *rest: pf.ops.linear_4bit(x, q, *rest), tensors, grad)
+    exact = _drop_weight(truth([tensors[0], _dense(q), *tensors[1:]], grad, 1.0))
+    for ours, true in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_views():
+    big = torch.randn(40, 6, 70)
+    q = pf.ops.quantize_4bit(torch.randn(9, 33), 64)
+    tail = [torch.randn(18)[::2], torch.randn(33, 4).t(), torch.randn(4, 9).t()]
+    for x in (big[:, ::2, :33], big.transpose(0, 1)[..., 1:67:2], big[0, :, :33], big[:1, :, :33].expand(5, 6, 33)):
+        grad = torch.randn(1).expand(*x.shape[:-1], 9)
+        got = run(lambda x, *rest: pf.ops.linear_4bit(x, q, *rest), [x, *tail], grad)
+        exact = _drop_weight(truth([x, _dense(q), *tail], grad, 1.0))
+        for ours, true in zip(got, exact, strict=True):
+            torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    M=st.integers(0, 20), N=st.integers(0, 40), K=st.integers(0, 150), blocksize=st.sampled_from([32, 64, 512]),
+    double_quant=st.booleans(), quant_type=st.sampled_from(["nf4", "fp4"]),
+)  # fmt: skip
+def test_any_shape(M, N, K, blocksize, double_quant, quant_type):
+    q = pf.ops.quantize_4bit(torch.randn(N, K), blocksize, quant_type, double_quant)
+    tensors, grad = [torch.randn(M, K), torch.randn(N)], torch.randn(M, N)
+    got = run(lambda x, bias: pf.ops.linear_4bit(x, q, bias), tensors, grad)
+    dense = _dense(q).double()
+    torch.testing.assert_close(got[0].double(), tensors[0].double() @ dense.t() + tensors[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[1].double(), grad.double() @ dense, rtol=1e-4, atol=1e-4)
+
+
+def test_one_value_matters(isa):
+    """Every code, at every place of a row, comes through: W has one value other than zero at a time."""
+    for K in (1, 2, 17, 64, 100):
+        weight = torch.zeros(K, K).fill_diagonal_(-1.0)
+        q = pf.ops.quantize_4bit(weight, 32)
+        dense = _dense(q)
+        assert torch.equal(pf.ops.linear_4bit(torch.eye(K)[:8], q), dense.t()[:8])
+        assert torch.equal(pf.ops.linear_4bit(torch.eye(K).repeat(9, 1), q), dense.t().repeat(9, 1))
+
+
+# ---- what it keeps and allocates -------------------------------------------------------------------------------------
+
+
+def test_saves_the_input_only_for_lora():
+    tensors, _, q = _case((50, 20, 30, 4, 64), torch.bfloat16)
+    x, bias, a, b = tensors
+    x = x.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pf.ops.linear_4bit(x, q, bias)
+        pf.ops.linear_4bit(x, q, bias, a, b)
+        assert x.data_ptr() not in {t.data_ptr() for t in saved}
+        pf.ops.linear_4bit(x, q, bias, a.requires_grad_(), b)
+        assert x.data_ptr() in {t.data_ptr() for t in saved}
+    assert all(t.dtype != torch.float32 or t.numel() < 20 * 30 for t in saved)  # no dense weight
+
+
+def _peak_growth(function) -> int:
+    """Bytes the process's peak resident memory rises above what it holds before."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pytest.skip("this system does not let a process reset its memory peak")
+
+    def status(key):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
+@pytest.mark.parametrize("M", [4, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_never_holds_the_dequantised_weight(M, dtype):
+    N = K = 4096
+    q = pf.ops.quantize_4bit(torch.randn(1024, K).to(torch.bfloat16).repeat(4, 1), 64)
+    x, grad = torch.randn(M, K).to(dtype).requires_grad_(), torch.randn(M, N).to(dtype)
+    a, b = torch.randn(8, K).requires_grad_(), torch.randn(N, 8).requires_grad_()
+
+    def step():
+        pf.ops.linear_4bit(x, q, None, a, b).backward(grad)
+
+    step()  # the threads' own memory, torch's caches
+    assert _peak_growth(step) < N * K * dtype.itemsize // 2
+
+
+def test_the_weight_is_left_alone():
+    tensors, grad, q = _case((12, 8, 70, 2, 64), torch.bfloat16, double_quant=True)
+    copies = {name: t.clone() for name, t in q.tensors().items()}
+    for M in (2, 12):
+        run(lambda x, *rest: pf.ops.linear_4bit(x[:M], q, *rest), tensors, grad[:M])
+    assert all(torch.equal(t, copies[name]) for name, t in q.tensors().items())
+
+
+def test_runs_in_a_forked_child():
+    tensors, grad, q = _case((12, 213, 517, 4, 64), torch.bfloat16)
+    expected = pf.ops.linear_4bit(tensors[0][:8], q)
+    child = os.fork()
+    if child == 0:  # as a DataLoader's worker: torch's own thread pool does not survive a fork
+        torch.set_num_threads(1)
+        good = torch.equal(pf.ops.linear_4bit(tensors[0][:8], q), expected)
+        run(lambda x, *rest: pf.ops.linear_4bit(x, q, *rest), tensors, grad)
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": torch.ones(2, 64, dtype=torch.float64)}, TypeError, "x has dtype torch.float64, expected float32"),
+        ({"x": torch.ones(2, 63)}, ValueError, r"x has shape \(2, 63\), expected \[..., 64\] for a weight \[3, 64\]"),
+        ({"x": torch.ones(2, 64, device="meta")}, ValueError, "the weight is on cpu, x is on meta"),
+        ({"q": torch.ones(3, 64)}, TypeError, "q is a Tensor, expected a QuantizedTensor"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias has shape \(4,\), expected \(3,\)"),
+        ({"lora_a": None}, ValueError, "lora_a is None, expected both"),
+        ({"lora_b": None}, ValueError, "lora_b is None, expected both"),
+        ({"lora_a": torch.ones(64, 2)}, ValueError, r"lora_a has shape \(64, 2\), expected \[R, 64\]"),
+        ({"lora_b": torch.ones(2, 3)}, ValueError, r"lora_b has shape \(2, 3\), expected \[3, 2\]"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5, expected a probability from 0 to 1"),
+        ({"lora_a": None, "lora_b": None, "dropout_p": 0.5}, ValueError, "dropout_p is 0.5 without lora_a and lora_b"),
+        ({"dropout_p": 0.5, "seed": torch.ones(1)}, ValueError, "seed is torch.float32"),
+    ],
+)
+def test_bad_input(change, error, message):
+    good = {
+        "x": torch.ones(2, 64), "q": pf.ops.quantize_4bit(torch.ones(3, 64)), "bias": torch.ones(3),
+        "lora_a": torch.ones(2, 64), "lora_b": torch.ones(3, 2),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        pf.ops.linear_4bit(**{**good, **change})
+
+
+@pytest.mark.parametrize("M", [2, 20])
+def test_bad_flat_weight(M):
+    q = pf.ops.quantize_4bit(torch.ones(3, 64), double_quant=True)
+    op = torch.ops.pyfastpeft.linear_4bit
+    x, tail = torch.ones(M, 64), (None, None, None, 1.0, 0.0, None)
+    good = list(q.flat())
+    for index, value, error, message in [
+        (0, q.packed[:-1], ValueError, "packed has 95 values, expected 96"),
+        (0, q.packed.float(), TypeError, "linear_4bit: packed has dtype torch.float32, expected torch.uint8"),
+        (1, q.absmax[:-1], ValueError, "absmax has 2 values, expected 3"),
+        (2, q.nested_absmax.repeat(2), ValueError, "nested_absmax has 2 values, expected 1"),
+        (3, q.nested_map[:-1], ValueError, "nested_map has 255 values, expected 256"),
+        (4, None, ValueError, "given together"),
+        (5, 48, ValueError, "blocksize is 48, expected a power of two"),
+        (6, "int4", ValueError, "quant_type is 'int4', expected 'nf4' or 'fp4'"),
+        (7, [192], ValueError, r"the weight's shape is \(192,\), expected \(N, K\)"),
+        (7, [3, 65], ValueError, r"x has shape"),
+        (7, [4, 64], ValueError, "packed has 96 values, expected 128"),
+    ]:
+        with pytest.raises(error, match=message):
+            op(x, *good[:index], value, *good[index + 1 :], *tail)
+    weight = nf4_matmul._Weight(*good[:7], 3, 64)
+    with pytest.raises(ValueError, match=r"the tile \[2:4, 0:64\] is not inside the weight \[3, 64\]"):
+        weight.tile(2, 2, 0, 64, torch.empty(128))
+    with pytest.raises(ValueError, match="out has 10 values, expected 64"):
+        _C.nf4_dequantize_tile_cpu(weight.view, 0, 1, 0, 64, 0, x.data_ptr(), 10)

@@ -1,0 +1,278 @@
+"""linear_lora: values and gradients against fp64, on every instruction set; dropout; what it allocates and saves."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from linear_cases import DTYPES, SHAPES, assert_as_exact_as_torch, inputs, run, torch_at_dtype, truth
+
+import pyfastpeft as pf
+from pyfastpeft._native import _C
+from pyfastpeft.reference import lora as reference
+from pyfastpeft.reference.philox import philox
+
+SEED = torch.tensor([0x1234_5678_9ABC])
+
+
+def _check(tensors, grad, dtype, scaling, dropout_p, wanted=None):
+    options = (scaling, dropout_p, SEED)
+    got = run(lambda *t: pf.ops.linear_lora(*t, *options), tensors, grad, wanted)
+    assert got[0].dtype == dtype
+    for tensor, gradient in zip(tensors, got[1:], strict=True):
+        assert gradient is None or gradient.dtype == tensor.dtype
+    exact = truth(tensors, grad, *options, wanted=wanted)
+    assert_as_exact_as_torch(got, torch_at_dtype(tensors, grad, *options, wanted=wanted), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, dtype, isa):
+    *tensors, grad = inputs(shape, dtype)
+    _check(tensors, grad, dtype, 0.5, 0.0)
+    _check(tensors, grad, dtype, 2.0, 0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_with_a_mean(dtype, isa):
+    *tensors, grad = inputs((40, 96, 260, 8), dtype, kind="gelu")
+    _check(tensors, grad + 0.5, dtype, 1.0, 0.1)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8, 13, 31, 64])
+def test_every_rank(rank, isa):
+    *tensors, grad = inputs((6, 37, 45, rank), torch.bfloat16)
+    _check(tensors, grad, torch.bfloat16, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("lora_dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [None, *DTYPES])
+def test_dtypes_of_bias_and_adapter(lora_dtype, bias_dtype):
+    *tensors, grad = inputs((6, 37, 45, 4), torch.bfloat16, lora_dtype)
+    tensors[2] = None if bias_dtype is None else tensors[2].to(bias_dtype)
+    _check(tensors, grad, torch.bfloat16, 1.0, 0.2)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_one_gradient_at_a_time(index):
+    *tensors, grad = inputs((6, 37, 45, 4), torch.float32)
+    _check(tensors, grad, torch.float32, 1.0, 0.2, wanted=[i == index for i in range(5)])
+
+
+def test_finite_differences():
+    x, weight, bias, a, b, grad = inputs((4, 5, 6, 2), torch.float32)
+
+    def loss(*tensors):
+        return (pf.ops.linear_lora(*tensors, 0.7, 0.25, SEED).double() * grad).sum()
+
+    tensors = [x, weight, bias, a, b]
+    gradients = run(lambda *t: pf.ops.linear_lora(*t, 0.7, 0.25, SEED), tensors, grad)[1:]
+    for i, gradient in enumerate(gradients):
+        direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(i))
+        step = 2.0**-6
+        moved = [[t + s * step * direction if j == i else t for j, t in enumerate(tensors)] for s in (1, -1)]
+        slope = (loss(*moved[0]) - loss(*moved[1])) / (2 * step)
+        torch.testing.assert_close(slope, (gradient.double() * direction).sum(), rtol=1e-4, atol=1e-4)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def test_philox_known_answers():
+    """The vectors of Random123's kat_vectors for philox4x32-10."""
+    ones = 0xFFFFFFFFFFFFFFFF
+    for low, high, key, expected in [
+        (0, 0, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (ones, ones, ones, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (0x85A308D3243F6A88, 0x0370734413198A2E, 0x299F31D0A4093822, [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    ]:
+        counter = torch.tensor([low - (1 << 64) if low >> 63 else low])
+        assert philox(counter, high, key).tolist() == [expected]
+
+
+def _kernel_dropout(x, begin, p, seed):
+    out = torch.full_like(x, torch.nan)
+    _C.lora_dropout_cpu(x.data_ptr(), begin, x.numel(), p, seed, out.data_ptr())
+    return out
+
+
+@pytest.mark.parametrize("begin", [0, 1, 2, 3, 4 * (2**32 - 3) + 1, 2**40 + 7])
+def test_mask_is_philox_of_the_position(begin, isa):
+    """Across the carry of the counter's low word too. Counter words of a position: i // 4; lane: i % 4."""
+    count, seed, p = 77, 0xDEADBEEF_12345678, 0.4
+    position = torch.arange(begin, begin + count)
+    random = philox(position // 4, 0, seed).gather(1, (position % 4).unsqueeze(1)).squeeze(1)
+    x = torch.randn(count)
+    scale = torch.tensor(1 / (1 - p), dtype=torch.float64).float()
+    expected = torch.where(random >= int(p * 2**32 + 0.5), x * scale, 0.0)
+    assert torch.equal(_kernel_dropout(x, begin, p, seed), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 33), (130, 70), (5, 1101)])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_dropout_in_every_product(shape, p, isa):
+    """With A and B the identity and W zero the op is dropout itself, and so is its gradient: exact, place by place."""
+    M, K = shape
+    x, grad = torch.randn(M, K), torch.randn(M, K)
+    eye, zero = torch.eye(K), torch.zeros(K, K)
+    y, grad_x, _, _, grad_a, grad_b = run(
+        lambda *t: pf.ops.linear_lora(*t, 1.0, p, SEED), [x, zero, None, eye, eye], grad
+    )
+    kept = reference.dropout_mask((M, K), p, int(SEED))
+    scale = torch.tensor(1 / (1 - p) if p < 1 else 0.0, dtype=torch.float64).float()
+    assert torch.equal(y, torch.where(kept, x * scale, 0.0))
+    assert torch.equal(grad_x, torch.where(kept, grad * scale, 0.0))
+    dropped = reference.dropout(x.double(), p, int(SEED))
+    torch.testing.assert_close(grad_a.double(), grad.double().t() @ dropped, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(grad_b.double(), grad.double().t() @ dropped, rtol=1e-5, atol=1e-4)
+    share = kept.double().mean().item()
+    assert p == 1.0 or M * K < 500 or abs(share - (1 - p)) < 5 * (p * (1 - p) / (M * K)) ** 0.5
+
+
+def test_seed():
+    x, weight, bias, a, b, _ = inputs((16, 8, 64, 4), torch.float32)
+
+    def op(seed=None):
+        return pf.ops.linear_lora(x, weight, bias, a, b, 1.0, 0.5, seed)
+
+    assert torch.equal(op(torch.tensor([3])), op(torch.tensor([3])))
+    assert not torch.equal(op(torch.tensor([3])), op(torch.tensor([4])))
+    assert not torch.equal(op(torch.tensor([3])), op(torch.tensor([3 + 2**32])))  # the high half counts
+    assert torch.isfinite(op(torch.tensor([-1]))).all()
+    torch.manual_seed(5)
+    first, second = op(), op()
+    torch.manual_seed(5)
+    assert torch.equal(first, op()) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    pf.ops.linear_lora(x, weight, bias, a, b)  # no dropout: the generator is left alone
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- shapes, layouts, threads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_same_bits_on_every_thread_count(dtype, dropout_p, isa):
+    *tensors, grad = inputs((67, 130, 517, 9), dtype)
+    tensors[1].zero_()  # the base product is torch's
+    former = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(run(lambda *t: pf.ops.linear_lora(*t, 1.0, dropout_p, SEED), tensors, grad)[0:6])
+    finally:
+        torch.set_num_threads(former)
+    for other in results[1:]:
+        for i in (0, 1, 4, 5):
+            assert torch.equal(results[0][i], other[i])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (5,), (2, 3, 4, 5), (1, 1, 5)])
+def test_any_number_of_dimensions(shape):
+    _, weight, bias, a, b, _ = inputs((1, 3, 5, 2), torch.float32)
+    x, grad = torch.randn(shape), torch.randn(*shape[:-1], 3)
+    tensors = [x, weight, bias, a, b]
+    got = run(lambda *t: pf.ops.linear_lora(*t, 1.5), tensors, grad)
+    for ours, true in zip(got, truth(tensors, grad, 1.5), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("M, N, K, R", [(4, 0, 5, 2), (4, 3, 0, 2), (4, 3, 5, 0), (0, 0, 0, 0)])
+def test_empty_sides(M, N, K, R):
+    tensors = [torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(R, K), torch.randn(N, R)]
+    grad = torch.randn(M, N)
+    got = run(lambda *t: pf.ops.linear_lora(*t, 1.0, 0.1, SEED), tensors, grad)
+    for ours, true in zip(got, truth(tensors, grad, 1.0, 0.1, SEED), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_views():
+    big = torch.randn(40, 6, 70)
+    a, b, weight = torch.randn(66, 4).t(), torch.randn(4, 9).t(), torch.randn(33, 9).t()  # Conv1D's weight is a transpose
+    for x in (big[:, ::2, :33], big.transpose(0, 1)[..., 1:67:2], big[..., 3, 4:37], big[:1, :, :33].expand(5, 6, 33)):
+        tensors = [x, weight, torch.randn(18)[::2], a[:, ::2], b]
+        grad = torch.randn(1).expand(*x.shape[:-1], 9)
+        got = run(lambda *t: pf.ops.linear_lora(*t, 0.5, 0.2, SEED), tensors, grad)
+        for ours, true in zip(got, truth(tensors, grad, 0.5, 0.2, SEED), strict=True):
+            torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(M=st.integers(0, 20), N=st.integers(0, 40), K=st.integers(0, 70), R=st.integers(0, 9), p=st.sampled_from([0, 0.4]))
+def test_any_shape(M, N, K, R, p):
+    tensors = [torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(R, K), torch.randn(N, R)]
+    grad = torch.randn(M, N)
+    got = run(lambda *t: pf.ops.linear_lora(*t, 1.0, p, SEED), tensors, grad)
+    for ours, true in zip(got, truth(tensors, grad, 1.0, p, SEED), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-4)
+
+
+# ---- what it keeps and allocates -------------------------------------------------------------------------------------
+
+
+def test_saves_the_input_and_parameters_alone():
+    x, weight, bias, a, b, _ = inputs((50, 20, 30, 4), torch.bfloat16)
+    x, a, b = x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pf.ops.linear_lora(x, weight, bias, a, b, 1.0, 0.1)
+        assert {t.data_ptr() for t in saved if t.dim() == 2} == {t.data_ptr() for t in (x, weight, a, b)}
+        assert sum(t.dim() != 2 for t in saved) == 1  # the seed
+        saved.clear()
+        pf.ops.linear_lora(x, weight, bias, a.detach(), b.detach(), 1.0, 0.1)  # a frozen adapter keeps no activation
+        assert x.data_ptr() not in {t.data_ptr() for t in saved}
+
+
+def test_inputs_are_left_alone():
+    *tensors, grad = inputs((9, 8, 7, 2), torch.bfloat16)
+    copies = [t.clone() for t in tensors]
+    run(lambda *t: pf.ops.linear_lora(*t, 1.0, 0.5, SEED), tensors, grad)
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": torch.ones(2, 5, dtype=torch.float64)}, TypeError, "x has dtype torch.float64, expected float32"),
+        ({"x": torch.ones(2, 5, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+        ({"x": torch.ones(2, 4)}, ValueError, r"x has shape \(2, 4\), expected \[..., 5\] for a weight \[3, 5\]"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x has shape \(\)"),
+        ({"x": torch.ones(2, 5, device="meta")}, ValueError, "weight is on cpu, x is on meta"),
+        ({"weight": torch.ones(3, 5).half()}, TypeError, "weight is torch.float16 and x is torch.float32"),
+        ({"weight": torch.ones(15)}, ValueError, r"weight has shape \(15,\), expected \[N, K\]"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias has shape \(4,\), expected \(3,\)"),
+        ({"bias": torch.ones(3, dtype=torch.int32)}, TypeError, "bias has dtype torch.int32"),
+        ({"lora_a": torch.ones(5, 2)}, ValueError, r"lora_a has shape \(5, 2\), expected \[R, 5\]"),
+        ({"lora_b": torch.ones(2, 3)}, ValueError, r"lora_b has shape \(2, 3\), expected \[3, 2\]"),
+        ({"lora_a": torch.ones(2, 5).double()}, TypeError, "lora_a has dtype torch.float64"),
+        ({"lora_b": torch.ones(3, 2).long()}, TypeError, "lora_b has dtype torch.int64"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5, expected a probability from 0 to 1"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
+        ({"dropout_p": float("nan")}, ValueError, "dropout_p is nan"),
+        ({"dropout_p": 0.5, "seed": torch.ones(1)}, ValueError, r"seed is torch.float32 of shape \(1,\), expected int64"),
+        ({"dropout_p": 0.5, "seed": torch.ones(2).long()}, ValueError, r"seed is torch.int64 of shape \(2,\)"),
+    ],
+)
+def test_bad_input(change, error, message):
+    good = {
+        "x": torch.ones(2, 5), "weight": torch.ones(3, 5), "bias": torch.ones(3), "lora_a": torch.ones(2, 5),
+        "lora_b": torch.ones(3, 2),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        pf.ops.linear_lora(**{**good, **change})
+
+
+def test_bad_input_of_the_flat_ops():
+    x, weight, a, b = torch.ones(2, 5), torch.ones(3, 5), torch.ones(2, 5), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="dropout_p is 0.5 but seed is None"):
+        torch.ops.pyfastpeft.linear_lora(x, weight, None, a, b, 1.0, 0.5, None)
+    backward = torch.ops.pyfastpeft.linear_lora_backward
+    with pytest.raises(ValueError, match=r"grad_output has shape \(2, 4\), expected \[..., 3\]"):
+        backward(torch.ones(2, 4), x, weight, a, b, 1.0, 0.0, None, [True] * 5)
+    with pytest.raises(ValueError, match=r"x is torch.float32 \(3, 5\) on cpu, expected torch.float32 \(2, 5\)"):
+        backward(torch.ones(2, 3), torch.ones(3, 5), weight, a, b, 1.0, 0.0, None, [True] * 5)
+    with pytest.raises(ValueError, match="lora_shrink: a has 4 values, expected 2 x 5"):
+        _C.lora_shrink_cpu(x.data_ptr(), 10, 0, 2, 5, a.data_ptr(), 4, 2, 1.0, 0.0, 0, b.data_ptr(), 4)
+    with pytest.raises(ValueError, match="x has no memory"):
+        _C.lora_shrink_cpu(0, 10, 0, 2, 5, a.data_ptr(), 10, 2, 1.0, 0.0, 0, b.data_ptr(), 4)

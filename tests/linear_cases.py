@@ -37,7 +37,9 @@ def inputs(shape, dtype, lora_dtype=torch.float32, kind="randn", bias=True, seed
 
 def run(function, tensors, grad, wanted=None):
     """[y, gradients…] of function(*tensors); None stays None."""
-    tensors = [None if t is None else t.detach().requires_grad_(wanted is None or wanted[i]) for i, t in enumerate(tensors)]
+    tensors = [
+        None if t is None else t.detach().requires_grad_(wanted is None or wanted[i]) for i, t in enumerate(tensors)
+    ]
     y = function(*tensors)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
     grads = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype)))

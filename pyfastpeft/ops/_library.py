@@ -137,7 +137,8 @@ def vmap_by_loop(op: Callable, info, in_dims: tuple, *args):
     """The batching rule of any op with tensor results: one call per element, stacked."""
     calls = []
     for i in range(info.batch_size):
-        calls.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+        picked = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+        calls.append(op(*picked))
     if isinstance(calls[0], tuple):
         return tuple(torch.stack(each) for each in zip(*calls, strict=True)), (0,) * len(calls[0])
     return torch.stack(calls), 0

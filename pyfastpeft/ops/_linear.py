@@ -43,9 +43,7 @@ def check_operands(op: str, device, N: int, K: int, bias, lora_a, lora_b, dropou
         dtype_code(lora_a.dtype, op, "lora_a")
         dtype_code(lora_b.dtype, op, "lora_b")
         if lora_a.dim() != 2 or lora_a.shape[1] != K:
-            raise ValueError(
-                f"{op}: lora_a has shape {tuple(lora_a.shape)}, expected [R, {K}] for a weight [{N}, {K}]"
-            )
+            raise ValueError(f"{op}: lora_a has shape {tuple(lora_a.shape)}, expected [R, {K}] for a weight [{N}, {K}]")
         if lora_b.dim() != 2 or lora_b.shape[0] != N or lora_b.shape[1] != lora_a.shape[0]:
             raise ValueError(
                 f"{op}: lora_b has shape {tuple(lora_b.shape)}, expected [{N}, {lora_a.shape[0]}] for a weight "

@@ -137,7 +137,7 @@ _op = register_op(
 
 
 def _vmap(info, in_dims, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
-    if dropout_p == 0 and all(dim is None for dim in in_dims[1:]):  # the batch is one more token dimension
+    if dropout_p == 0 and not any(isinstance(dim, int) for dim in in_dims[1:]):  # the batch is one more token dimension
         return _op(x.movedim(in_dims[0], 0), weight, bias, lora_a, lora_b, scaling, dropout_p, seed), 0
     return vmap_by_loop(_op, info, in_dims, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
 

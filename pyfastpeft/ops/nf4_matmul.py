@@ -13,8 +13,6 @@ W [N, K] is frozen, so the gradients are those of ops/lora.py without dW. The wh
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from pyfastpeft._native import _C
@@ -38,7 +36,9 @@ TILE_BYTES = 2 << 20
 FLOAT16_ROWS = 256  # of x, widened at a time
 
 
-def _check(op, device, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape) -> tuple[int, int]:
+def _check(
+    op, device, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape
+) -> tuple[int, int]:
     """N and K of the weight."""
     check_flat(packed, absmax, nested_absmax, nested_map, offset, op)
     _C.nf4_check(blocksize, quant_type, op)
@@ -57,7 +57,9 @@ class _Weight:
         tensors = [None if t is None else t.contiguous() for t in tensors]
         sizes = [(0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors]
         self.tensors, self.N, self.K = tensors, N, K
-        self.view = _C.PackedWeight(*sizes[0], *sizes[1], *sizes[2], *sizes[3], sizes[4][0], N, K, blocksize, quant_type)
+        self.view = _C.PackedWeight(
+            *sizes[0], *sizes[1], *sizes[2], *sizes[3], sizes[4][0], N, K, blocksize, quant_type
+        )
 
     def tile(self, row: int, rows: int, col: int, cols: int, buffer: torch.Tensor) -> torch.Tensor:
         """W[row : row + rows, col : col + cols] in buffer's dtype, written into its beginning."""
@@ -96,7 +98,9 @@ def _matmul(w: _Weight, x, bias, y) -> None:
     for n, count in tiles:
         tile = w.tile(n, count, 0, w.K, buffer).t()
         for m, rows in _row_chunks(x.shape[0], x.dtype):
-            _product(x[m : m + rows], tile, None if bias is None else bias[n : n + count], y[m : m + rows, n : n + count])
+            _product(
+                x[m : m + rows], tile, None if bias is None else bias[n : n + count], y[m : m + rows, n : n + count]
+            )
 
 
 def _matmul_backward(w: _Weight, grad, grad_x) -> None:
@@ -248,7 +252,7 @@ _op = register_op(
 
 def _vmap(info, in_dims, x, *rest):
     dropout_p = rest[-2]
-    if dropout_p == 0 and all(dim is None or isinstance(dim, (list, tuple)) for dim in in_dims[1:]):
+    if dropout_p == 0 and not any(isinstance(dim, int) for dim in in_dims[1:]):
         return _op(x.movedim(in_dims[0], 0), *rest), 0  # the batch is one more token dimension
     return vmap_by_loop(_op, info, in_dims, x, *rest)
 
@@ -282,5 +286,7 @@ def linear_4bit(
     Source: Dettmers et al., "QLoRA", arXiv:2305.14314, equations 5 and 6.
     """
     if not isinstance(q, QuantizedTensor):
-        raise TypeError(f"linear_4bit: q is a {type(q).__name__}, expected a QuantizedTensor (pf.ops.quantize_4bit makes one)")
+        raise TypeError(
+            f"linear_4bit: q is a {type(q).__name__}, expected a QuantizedTensor (pf.ops.quantize_4bit makes one)"
+        )
     return _op(x, *q.flat(), bias, lora_a, lora_b, scaling, dropout_p, draw_seed(x, dropout_p, seed))

@@ -261,7 +261,7 @@ def test_the_weight_is_left_alone():
     tensors, grad, q = _case((12, 8, 70, 2, 64), torch.bfloat16, double_quant=True)
     copies = {name: t.clone() for name, t in q.tensors().items()}
     for M in (2, 12):
-        run(lambda x, *rest: pf.ops.linear_4bit(x[:M], q, *rest), tensors, grad[:M])
+        run(lambda x, *rest, M=M: pf.ops.linear_4bit(x[:M], q, *rest), tensors, grad[:M])
     assert all(torch.equal(t, copies[name]) for name, t in q.tensors().items())
 
 

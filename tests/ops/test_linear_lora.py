@@ -189,7 +189,11 @@ def test_empty_sides(M, N, K, R):
 
 def test_strided_views():
     big = torch.randn(40, 6, 70)
-    a, b, weight = torch.randn(66, 4).t(), torch.randn(4, 9).t(), torch.randn(33, 9).t()  # Conv1D's weight is a transpose
+    a, b, weight = (
+        torch.randn(66, 4).t(),
+        torch.randn(4, 9).t(),
+        torch.randn(33, 9).t(),
+    )  # Conv1D's weight is a transpose
     for x in (big[:, ::2, :33], big.transpose(0, 1)[..., 1:67:2], big[..., 3, 4:37], big[:1, :, :33].expand(5, 6, 33)):
         tensors = [x, weight, torch.randn(18)[::2], a[:, ::2], b]
         grad = torch.randn(1).expand(*x.shape[:-1], 9)
@@ -199,7 +203,9 @@ def test_strided_views():
 
 
 @settings(max_examples=30, deadline=None)
-@given(M=st.integers(0, 20), N=st.integers(0, 40), K=st.integers(0, 70), R=st.integers(0, 9), p=st.sampled_from([0, 0.4]))
+@given(
+    M=st.integers(0, 20), N=st.integers(0, 40), K=st.integers(0, 70), R=st.integers(0, 9), p=st.sampled_from([0, 0.4])
+)
 def test_any_shape(M, N, K, R, p):
     tensors = [torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(R, K), torch.randn(N, R)]
     grad = torch.randn(M, N)
@@ -250,7 +256,11 @@ def test_inputs_are_left_alone():
         ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5, expected a probability from 0 to 1"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
         ({"dropout_p": float("nan")}, ValueError, "dropout_p is nan"),
-        ({"dropout_p": 0.5, "seed": torch.ones(1)}, ValueError, r"seed is torch.float32 of shape \(1,\), expected int64"),
+        (
+            {"dropout_p": 0.5, "seed": torch.ones(1)},
+            ValueError,
+            r"seed is torch.float32 of shape \(1,\), expected int64",
+        ),
         ({"dropout_p": 0.5, "seed": torch.ones(2).long()}, ValueError, r"seed is torch.int64 of shape \(2,\)"),
     ],
 )

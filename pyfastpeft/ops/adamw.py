@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from operator import eq
 
 import torch
 
@@ -90,9 +91,8 @@ def _uniform_kind(params, grads, exp_avgs, exp_avg_sqs, steps) -> int | None:
     (param_dtype,), (grad_dtype,) = dtypes
     if param_dtype not in DTYPE_CODES or grad_dtype not in (param_dtype, torch.float32):
         return None
-    shapes = list(map(_shape, params))
-    for tensors in (grads, exp_avgs, exp_avg_sqs):
-        if list(map(_shape, tensors)) != shapes or not all(map(_is_contiguous, tensors)):
+    for tensors in (grads, exp_avgs, exp_avg_sqs):  # streamed: lists of so many shapes would wake the garbage collector
+        if not all(map(eq, map(_shape, params), map(_shape, tensors))) or not all(map(_is_contiguous, tensors)):
             return None
     if not all(map(_is_contiguous, params)) or set(map(_numel, steps)) != {1}:
         return None

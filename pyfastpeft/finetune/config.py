@@ -1,0 +1,229 @@
+"""Every option of a fine-tuning job in one dataclass, and what the job gives back. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyfastpeft.finetune.errors import ConfigError
+
+METHODS = ("qlora", "lora")
+SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "adamw8bit")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_SEQUENCE_LENGTH = 512
+
+# Options that may differ between a run and its resumption: none of them changes what is trained on which data (of the
+# data files it is the content that must be the same).
+FREE_ON_RESUME = frozenset(
+    {
+        "data", "eval_data", "output", "resume", "resume_from", "overwrite",
+        "save_every", "eval_every", "keep_last", "log_seconds", "threads",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class FinetuneConfig:
+    """One fine-tuning job. Field names are the command line's options (`learning_rate` is `--learning-rate`).
+
+    model                   folder or Hugging Face id of a causal language model (transformers' AutoModelForCausalLM)
+    data                    `.txt` (one document, UTF-8) or `.jsonl` (one example a line: {"text"}, {"prompt",
+                            "completion"} with the loss on the completion, or {"messages"} with the loss on the
+                            assistant's turns)
+    output                  folder of the result: the adapter in PEFT's format, checkpoints/, metrics.csv, loss.png,
+                            run.json
+    method                  "qlora": the base is quantised to 4 bits on load; "lora": it stays in `dtype`
+    rank, alpha, dropout, rslora, target_modules, modules_to_save    as LoraConfig's fields (target_modules:
+                            "all-linear", or module names with commas between them, or a regular expression)
+    blocksize, quant_type, double_quant                              of the 4-bit base (qlora)
+    learning_rate, schedule, warmup_steps | warmup_ratio, min_lr_ratio    peak; shape after warm-up; linear warm-up;
+                            final value as a fraction of the peak
+    epochs | max_steps      length of the run; max_steps wins where both are given
+    batch_size, gradient_accumulation     sequences per forward, forwards per optimizer step
+    sequence_length         tokens; default 512 or the model's maximum, whichever is less
+    packing                 True: documents are joined by the end-of-text token and cut into full sequences;
+                            False: one example a row, padded, the padding masked; None: True for text, else False
+    gradient_checkpointing  recompute activations in the backward
+    dtype                   of the base's dense weights and of the computation; "auto": bfloat16 where the device
+                            computes in it, else float32. Adapter weights are float32 always
+    seed                    of initialisation, data order and dropout
+    eval_data | eval_fraction    a file of held-out data; or the share of `data` that is held out
+    eval_every, save_every  in optimizer steps; None: ten times a run; 0: only at its ends
+    keep_last               checkpoints kept
+    resume, resume_from     go on from the newest checkpoint of `output` (from the start where there is none);
+                            or from that checkpoint folder
+    overwrite               an earlier run in `output` is replaced
+    optimizer, weight_decay, max_grad_norm    pyfastpeft.optim.AdamW with 32- or 8-bit state; 0 = no clipping
+    device, threads         "auto", "cpu", "cuda", "cuda:1"; torch's CPU threads
+    log_seconds             seconds between plain progress lines where there is no terminal
+    """
+
+    model: str
+    data: str
+    output: str
+    method: str = "qlora"
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    rslora: bool = False
+    target_modules: str = "all-linear"
+    modules_to_save: str | None = None
+    blocksize: int = 64
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    learning_rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    warmup_ratio: float = 0.03
+    min_lr_ratio: float = 0.0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    gradient_accumulation: int = 4
+    sequence_length: int | None = None
+    packing: bool | None = None
+    gradient_checkpointing: bool = False
+    dtype: str = "auto"
+    seed: int = 0
+    eval_data: str | None = None
+    eval_fraction: float = 0.05
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep_last: int = 2
+    resume: bool = False
+    resume_from: str | None = None
+    overwrite: bool = False
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    device: str = "auto"
+    threads: int | None = None
+    log_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "output"):
+            setattr(self, name, str(getattr(self, name)))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ConfigError for the first option whose value cannot be used."""
+        for name in ("model", "data", "output"):
+            _require(bool(getattr(self, name).strip()), name, "a path or an id", getattr(self, name))
+        _one_of(self, "method", METHODS)
+        _one_of(self, "schedule", SCHEDULES)
+        _one_of(self, "optimizer", OPTIMIZERS)
+        _one_of(self, "dtype", DTYPES)
+        _one_of(self, "blocksize", BLOCKSIZES)
+        _one_of(self, "quant_type", ("nf4", "fp4"))
+        for name in ("rank", "batch_size", "gradient_accumulation", "keep_last"):
+            _integer(self, name, 1)
+        for name in ("max_steps", "threads", "sequence_length"):
+            if getattr(self, name) is not None:
+                _integer(self, name, 1)
+        for name in ("warmup_steps", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                _integer(self, name, 0)
+        _integer(self, "seed", 0)
+        for name in ("learning_rate", "alpha", "epochs", "log_seconds"):
+            _number(self, name, low=0, above=True)
+        for name in ("weight_decay", "max_grad_norm"):
+            _number(self, name, low=0)
+        for name in ("dropout", "eval_fraction", "warmup_ratio"):
+            _number(self, name, low=0, high=1, below=True)
+        _number(self, "min_lr_ratio", low=0, high=1)
+        _require(
+            bool(self.target_modules.strip()), "target_modules", "module names or 'all-linear'", self.target_modules
+        )
+        if self.resume_from is not None and self.overwrite:
+            raise ConfigError("resume_from and overwrite exclude each other: one goes on, the other starts again")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite exclude each other: one goes on, the other starts again")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON values, in the order they are documented."""
+        return dataclasses.asdict(self)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """`name: theirs -> ours` for each option that decides the weights and differs from an earlier run's."""
+        mine = self.to_dict()
+        return [
+            f"{name}: {other.get(name)!r} -> {mine[name]!r}"
+            for name in mine
+            if name not in FREE_ON_RESUME and other.get(name) != mine[name]
+        ]
+
+    def targets(self) -> str | list[str]:
+        """`target_modules` as LoraConfig takes it: a list of names, or one string (all-linear, a regular
+        expression)."""
+        text = self.target_modules.strip()
+        if text == "all-linear" or any(character in text for character in r"\*+?[](){}|^$"):
+            return text
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@dataclass
+class FinetuneResult:
+    """What a job gives back; `run.json` holds the same.
+
+    status       "complete" or "interrupted" (a resumable checkpoint was written)
+    losses       training loss of each optimizer step of this process (nats per token)
+    eval_losses  (step, loss) of each evaluation of this process; step 0 is before training
+    """
+
+    output: Path
+    status: str
+    step: int
+    total_steps: int
+    checkpoint: Path | None = None
+    losses: list[float] = field(default_factory=list)
+    eval_losses: list[tuple[int, float]] = field(default_factory=list)
+    trainable_parameters: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory: int = 0
+    metrics_csv: Path | None = None
+    loss_png: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def interrupted(self) -> bool:
+        return self.status == "interrupted"
+
+
+def option(name: str) -> str:
+    """The command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _require(good: bool, name: str, expected: str, got: object) -> None:
+    if not good:
+        raise ConfigError(f"{option(name)}: expected {expected}, got {got!r}")
+
+
+def _one_of(config: FinetuneConfig, name: str, allowed: tuple) -> None:
+    value = getattr(config, name)
+    _require(value in allowed, name, "one of " + ", ".join(map(str, allowed)), value)
+
+
+def _integer(config: FinetuneConfig, name: str, low: int) -> None:
+    value = getattr(config, name)
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    _require(good, name, f"a whole number of at least {low}", value)
+
+
+def _number(
+    config: FinetuneConfig, name: str, *, low: float, high: float = math.inf, above: bool = False, below: bool = False
+) -> None:
+    value = getattr(config, name)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = good and (value > low if above else value >= low) and (value < high if below else value <= high)
+    expected = f"a number {'above' if above else 'of at least'} {low:g}"
+    if high < math.inf:
+        expected += f" and {'below' if below else 'at most'} {high:g}"
+    _require(good, name, expected, value)

@@ -62,13 +62,10 @@ class AdaptedModel(nn.Module):
             raise TypeError(f"the config is a {type(config).__name__}, expected a pyfastpeft config such as LoraConfig")
         method = method_for(config.peft_type)
         self._check_biases(config)
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             resolved = method.inject(self.model, config, name, fp32=fp32, init=init, strict=strict)
         except BaseException:
             self._take_out(name)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
             raise
         first = not self.peft_config
         self.peft_config[name] = resolved

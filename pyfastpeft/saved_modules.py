@@ -146,5 +146,4 @@ def add_saved_modules(model: nn.Module, saved: dict[str, nn.Module], adapter_nam
         wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
         wrapper.train(module.training).add_adapter(adapter_name)
         if wrapper is not module:
-            module.requires_grad_(False)
             replace_module(model, module, wrapper)

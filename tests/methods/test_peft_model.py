@@ -255,6 +255,8 @@ def test_inference_mode_freezes():
 def test_saved_modules_train_and_switch_with_the_adapter():
     model = adapted("bert", target_modules=["query"])
     first = logits(model, "bert")
+    with model.disable_adapter():
+        assert torch.equal(logits(model, "bert"), logits(build("bert"), "bert"))
     assert {n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n} == {
         "base_model.model.classifier.modules_to_save.default.weight",
         "base_model.model.classifier.modules_to_save.default.bias",
@@ -351,6 +353,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant, quanti
         # T5's decoder layers add up their gradients of the encoder's output in another order
         tolerance = 1e-5 * gradient.norm().item() if kind == "t5" else 0.0
         assert (checkpointed[name] - gradient).norm().item() <= tolerance, name
+
+
+def test_checkpointing_makes_the_inputs_require_grad():
+    class Model(Mlp):
+        calls = []
+
+        def gradient_checkpointing_enable(self, kwargs=None):
+            self.calls.append(kwargs)
+
+        def enable_input_require_grads(self):
+            self.calls.append("inputs")
+
+    model = pf.get_peft_model(Model(), pf.LoraConfig(target_modules=["last"]))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert Model.calls == [{"use_reentrant": True}, "inputs"]
 
 
 def test_checkpointing_that_was_on_before_and_prepare_for_kbit_training():

@@ -12,6 +12,7 @@ from torch import nn
 import pyfastpeft as pf
 from pyfastpeft.inject import find_targets
 from pyfastpeft.methods.lora import LoraLinear
+from pyfastpeft.saved_modules import ModulesToSaveWrapper
 from tests.methods.models import TASK, batch, build
 
 MODEL = build("llama")
@@ -127,21 +128,25 @@ def test_bad_targets_leave_the_model_as_it_was(config, message):
     assert list(adapted.peft_config) == ["default"]
 
 
-def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
+@pytest.mark.parametrize(("cls", "at"), [(LoraLinear, 3), (ModulesToSaveWrapper, 2)], ids=["a layer", "a saved module"])
+@pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])
+def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch, cls, at, second):
+    config = pf.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["pooler"])
     model = build("bert")
+    adapted = pf.get_peft_model(model, config) if second else None
     before = snapshot(model)
     calls = []
-    real = LoraLinear.add_adapter
+    real = cls.add_adapter
 
     def fails(self, *args, **kwargs):
         calls.append(self)
-        if len(calls) == 3:
+        if len(calls) == at:
             raise MemoryError("no more")
         real(self, *args, **kwargs)
 
-    monkeypatch.setattr(LoraLinear, "add_adapter", fails)
+    monkeypatch.setattr(cls, "add_adapter", fails)
     with pytest.raises(MemoryError):
-        pf.get_peft_model(model, pf.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+        adapted.add_adapter("b", config) if second else pf.get_peft_model(model, config)
     assert_unchanged(model, before)
 
 

@@ -58,8 +58,7 @@ class AdaptedModel(nn.Module):
         check_adapter_name(name)
         if name in self.peft_config:
             raise ValueError(f"there is an adapter {name!r} already; choose another name or delete_adapter() it first")
-        if not isinstance(config, PeftConfig):
-            raise TypeError(f"the config is a {type(config).__name__}, expected a pyfastpeft config such as LoraConfig")
+        check_config(config)
         method = method_for(config.peft_type)
         self._check_biases(config)
         try:
@@ -261,6 +260,11 @@ def check_adapter_name(name: str) -> None:
             f"the adapter's name is {name!r}; expected one without dots, slashes and colons that is not an attribute of "
             "torch.nn.ModuleDict"
         )
+
+
+def check_config(config: PeftConfig) -> None:
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"the config is a {type(config).__name__}, expected a pyfastpeft config such as LoraConfig")
 
 
 def _progress(items: list, title: str, show: bool):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pyfastpeft import checkpoint
-from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name
+from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
 from pyfastpeft.nn import as_base_linear
 
@@ -316,10 +316,7 @@ def get_peft_model(
 
     Raises TypeError / ValueError for a config that does not fit the model; the model is then left as it was.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"the config is a {type(peft_config).__name__}, expected a pyfastpeft config such as LoraConfig"
-        )
+    check_config(peft_config)
     if revision is not None:
         peft_config = peft_config.copy()
         peft_config.revision = revision
@@ -358,8 +355,7 @@ def _check_bare(model: nn.Module) -> nn.Module:
 
 def _named(config: PeftConfig, model: nn.Module) -> PeftConfig:
     """A copy of the config that says which model it is for."""
-    if not isinstance(config, PeftConfig):
-        raise TypeError(f"the config is a {type(config).__name__}, expected a pyfastpeft config such as LoraConfig")
+    check_config(config)
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     config = config.copy()
     if name and config.base_model_name_or_path not in (None, name):

@@ -121,7 +121,7 @@ def test_merge_and_exact_unmerge(dtype, quantize):
 def test_merge_and_unload(kind):
     model = adapted(kind, **({"bias": "all"} if kind == "gpt2" else {}))
     before = logits(model, kind)
-    plain = model.merge_and_unload(safe_merge=True)
+    plain = model.merge_and_unload(progressbar=True, safe_merge=True)
     assert type(plain) is type(build(kind))
     assert {type(m) for m in plain.modules()} == {type(m) for m in build(kind).modules()}
     assert not any("lora" in name for name in plain.state_dict())

@@ -119,8 +119,6 @@ class PeftModel(nn.Module):
         """`with model.disable_adapter():` answers as without adapters inside."""
         return self.base_model.disable_adapter()
 
-    # --- gradient checkpointing ---------------------------------------------------------------------------------------
-
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The model's own, and what reentrant checkpointing needs: inputs of the first layer that require grad."""
         model = self.get_base_model()
@@ -138,8 +136,6 @@ class PeftModel(nn.Module):
         model = self.get_base_model()
         if hasattr(model, "enable_input_require_grads") and getattr(model, "_require_grads_hook", None) is None:
             model.enable_input_require_grads()
-
-    # --- counting -----------------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; a 4-bit weight counts as the N · K values it stands for."""
@@ -159,8 +155,6 @@ class PeftModel(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    # --- files --------------------------------------------------------------------------------------------------------
 
     def save_pretrained(
         self,

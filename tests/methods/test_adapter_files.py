@@ -125,9 +125,6 @@ def test_gathered_state_dict(tmp_path):
     assert torch.equal(load_file(tmp_path / WEIGHTS)[key], weight.detach() + 1)
 
 
-# --- writing that fails ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_a_full_disk_leaves_the_former_checkpoint(saved, safe):
     folder, model = saved
@@ -176,9 +173,6 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
         adapted().save_pretrained(tmp_path / "file" / "below")
     with pytest.raises(OSError, match="saving adapter_config.json into .* failed"):
         pf.LoraConfig().save_pretrained("/proc/no such folder")
-
-
-# --- files that are wrong -------------------------------------------------------------------------------------------------
 
 
 def refuse(folder, message, error=ValueError, model=None):

@@ -211,6 +211,18 @@ def test_every_code_is_the_nearest_and_all_are_reached():
     assert (chosen <= best + 2e-7 * scale).all()
 
 
+def test_a_tie_between_two_codes_goes_to_the_lower():
+    levels = reference.dynamic_map()
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    absmax = torch.cat([midpoints, torch.ones(1)])  # one nested block, scale 1, offset 0: x is the midpoint itself
+    codes, nested_absmax = torch.empty(256, dtype=torch.uint8), torch.empty(1)
+    bad = _C.nf4_quantize_absmax_cpu(
+        absmax.data_ptr(), 256, 0.0, levels.data_ptr(), 256, codes.data_ptr(), 256, nested_absmax.data_ptr(), 1
+    )
+    assert bad == -1 and nested_absmax.item() == 1
+    assert codes.tolist() == [*range(255), 255]
+
+
 def test_equal_blocks_decode_exactly():
     for value in (0.25, 0.3):  # 0.3's mean is rounded: d is not zero there
         q = pf.ops.quantize_4bit(torch.full((512, 64), value), double_quant=True)

@@ -237,22 +237,20 @@ def test_the_binding_refuses_null():
             _C.nf4_dequantize_cpu(*good[:index], 0, *good[index + 1 :])
 
 
-@pytest.mark.skipif("PYFASTPEFT_TEST_LARGE" not in os.environ, reason="needs 10 GB: set PYFASTPEFT_TEST_LARGE=1")
+@pytest.mark.skipif("PYFASTPEFT_TEST_LARGE" not in os.environ, reason="needs 7 GB: set PYFASTPEFT_TEST_LARGE=1")
 @pytest.mark.parametrize("nested", [False, True])
 def test_more_than_2_to_the_31_values(nested):
     n = 2**31 + 4097
     weight = torch.zeros(n, dtype=torch.bfloat16)
     places = torch.tensor([0, 2**31 - 1, 2**31, 2**31 + 4095, n - 1])
-    weight[places] = torch.tensor([1, -1, 2, -3, 4], dtype=torch.bfloat16)
+    expected = torch.tensor([1, -1, 2, -3, 4], dtype=torch.bfloat16)
+    weight[places] = expected
     q = pf.ops.quantize_4bit(weight, 64, double_quant=nested)
-    expected = weight[places]
     del weight
     out = pf.ops.dequantize_4bit(q)
-    if not nested:
-        assert torch.equal(out[places], expected)
-        assert int((out != 0).sum()) == 5
-    else:
-        assert ((out[places].float() - expected.float()).abs() <= 0.02).all()
+    # a step of the 8-bit map near 1 is 1.4 % of the largest absmax
+    assert (out[places].float() - expected.float()).abs().max() <= (0.06 if nested else 0)
+    assert sum(int(part.count_nonzero()) for part in out.split(1 << 26)) == len(places)
+    out[n - 2] = float("nan")
     with pytest.raises(ValueError, match=f"weight\\[{n - 2}\\] is nan"):
-        out[n - 2] = float("nan")
         pf.ops.quantize_4bit(out)

@@ -2,6 +2,7 @@
 //
 // Moves n/2 + 4n/blocksize bytes in (n/2 + n/blocksize when double-quantised) and n·sizeof(T) out. The absmax of a run
 // of blocks is decoded into a small array on the stack just before use, so nested statistics cost no pass of their own.
+// Tried and lost: non-temporal stores (Zen 4, outputs of 4 to 117 MB: no faster, and the reader after it slower).
 #include <algorithm>
 
 #include "common/cpu_isa.h"

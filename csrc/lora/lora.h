@@ -23,33 +23,33 @@ struct LoraDropout {
   std::uint64_t seed;  // Philox key
 };
 
-void lora_shrink_cpu(const void* x,             // [M, D] of `dtype`, row-major
-                     DType dtype,               //
-                     std::int64_t M,            //
-                     std::int64_t D,            //
-                     const float* a,            // [R, D]
-                     std::int64_t R,            //
-                     float alpha,               //
-                     const LoraDropout& drop,   // of x
-                     float* s);                 // [M, R], overwritten
+void lora_shrink_cpu(const void* x,            // [M, D] of `dtype`, row-major
+                     DType dtype,              //
+                     std::int64_t M,           //
+                     std::int64_t D,           //
+                     const float* a,           // [R, D]
+                     std::int64_t R,           //
+                     float alpha,              //
+                     const LoraDropout& drop,  // of x
+                     float* s);                // [M, R], overwritten
 
-void lora_expand_cpu(const float* s,            // [M, R]
-                     std::int64_t M,            //
-                     std::int64_t R,            //
-                     const float* c,            // [R, D]
-                     std::int64_t D,            //
-                     const LoraDropout& drop,   // of the product, before it is added
-                     DType dtype,               //
-                     void* y);                  // [M, D] of `dtype`, added to
+void lora_expand_cpu(const float* s,           // [M, R]
+                     std::int64_t M,           //
+                     std::int64_t R,           //
+                     const float* c,           // [R, D]
+                     std::int64_t D,           //
+                     const LoraDropout& drop,  // of the product, before it is added
+                     DType dtype,              //
+                     void* y);                 // [M, D] of `dtype`, added to
 
-void lora_accumulate_cpu(const float* p,             // [M, R]
-                         std::int64_t M,             //
-                         std::int64_t R,             //
-                         const void* x,              // [M, D] of `dtype`
-                         DType dtype,                //
-                         std::int64_t D,             //
-                         const LoraDropout& drop,    // of x
-                         float* g);                  // [R, D], overwritten
+void lora_accumulate_cpu(const float* p,           // [M, R]
+                         std::int64_t M,           //
+                         std::int64_t R,           //
+                         const void* x,            // [M, D] of `dtype`
+                         DType dtype,              //
+                         std::int64_t D,           //
+                         const LoraDropout& drop,  // of x
+                         float* g);                // [R, D], overwritten
 
 // out[i] = drop(x)[begin + i] for i in [0, count): the mask itself, for tests and for the reference.
 void lora_dropout_cpu(const float* x, std::int64_t begin, std::int64_t count, const LoraDropout& drop, float* out);

@@ -1,6 +1,7 @@
 // The low-rank products: launchers, thread split, and the scalar variant.
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
+#include "common/subnormals.h"
 #include "lora/lora_kernels.h"
 
 namespace pyfastpeft {
@@ -43,6 +44,7 @@ void lora_shrink_cpu(const void* x, DType dtype, std::int64_t M, std::int64_t D,
   // whole groups of rows, so that the last, shorter group is the same whatever the number of threads
   const std::int64_t groups = (M + kLoraRows - 1) / kLoraRows;
   parallel_for(groups, grain(2 * D * R * kLoraRows), [&](std::int64_t begin, std::int64_t end) {
+    const KeepSubnormals keep;
     variants().shrink(args, begin * kLoraRows, std::min(M, end * kLoraRows));
   });
 }
@@ -50,7 +52,10 @@ void lora_shrink_cpu(const void* x, DType dtype, std::int64_t M, std::int64_t D,
 void lora_expand_cpu(const float* s, std::int64_t M, std::int64_t R, const float* c, std::int64_t D,
                      const LoraDropout& drop, DType dtype, void* y) {
   const LoraExpandArgs args{s, R, D, c, drop, dtype, y};
-  parallel_for(M, grain(2 * D * R), [&](std::int64_t begin, std::int64_t end) { variants().expand(args, begin, end); });
+  parallel_for(M, grain(2 * D * R), [&](std::int64_t begin, std::int64_t end) {
+    const KeepSubnormals keep;
+    variants().expand(args, begin, end);
+  });
 }
 
 void lora_accumulate_cpu(const float* p, std::int64_t M, std::int64_t R, const void* x, DType dtype, std::int64_t D,
@@ -58,6 +63,7 @@ void lora_accumulate_cpu(const float* p, std::int64_t M, std::int64_t R, const v
   const LoraAccumulateArgs args{p, M, R, D, x, dtype, drop, g};
   const std::int64_t groups = (D + kLoraColumnGroup - 1) / kLoraColumnGroup;
   parallel_for(groups, grain(2 * M * R * kLoraColumnGroup), [&](std::int64_t begin, std::int64_t end) {
+    const KeepSubnormals keep;
     variants().accumulate(args, begin * kLoraColumnGroup, std::min(D, end * kLoraColumnGroup));
   });
 }

@@ -31,8 +31,8 @@ struct LoraAccumulateArgs {
   float* g;
 };
 
-using LoraShrinkRows = void(const LoraShrinkArgs& args, std::int64_t begin, std::int64_t end);              // rows of x
-using LoraExpandRows = void(const LoraExpandArgs& args, std::int64_t begin, std::int64_t end);              // rows of y
+using LoraShrinkRows = void(const LoraShrinkArgs& args, std::int64_t begin, std::int64_t end);             // rows of x
+using LoraExpandRows = void(const LoraExpandArgs& args, std::int64_t begin, std::int64_t end);             // rows of y
 using LoraAccumulateColumns = void(const LoraAccumulateArgs& args, std::int64_t begin, std::int64_t end);  // columns
 
 LoraShrinkRows lora_shrink_rows_scalar;

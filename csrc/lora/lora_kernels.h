@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/philox.h"
+#include "common/philox_fill.h"
 #include "common/vec.h"
 #include "lora/lora_cpu.h"
 
@@ -20,14 +20,22 @@ inline std::uint64_t lora_drop_threshold(double p) { return std::uint64_t(p * 42
 
 // values[i] = keep(begin + i) ? values[i] / (1 - p) : 0
 inline void lora_drop_values(float* values, std::int64_t begin, std::int64_t count, const LoraDropout& drop) {
+  constexpr std::int64_t kNumbers = 256;
   const std::uint64_t threshold = lora_drop_threshold(drop.p);
-  const float scale = drop.p < 1.0 ? float(1.0 / (1.0 - drop.p)) : 0.0f;
-  std::int64_t i = 0;
-  while (i < count) {
-    const std::uint64_t position = std::uint64_t(begin + i);
-    const Philox4 random = philox4x32_10(position / 4, 0, drop.seed);
-    for (unsigned lane = unsigned(position % 4); lane < 4 && i < count; ++lane, ++i)
-      values[i] = random.v[lane] >= threshold ? values[i] * scale : 0.0f;
+  if (threshold > 0xFFFFFFFFu) {
+    std::fill(values, values + count, 0.0f);
+    return;
+  }
+  const auto least = std::uint32_t(threshold);
+  const float scale = float(1.0 / (1.0 - drop.p));
+  std::uint32_t random[kNumbers];
+  for (std::int64_t i = 0; i < count;) {
+    const std::int64_t skip = (begin + i) % 4;  // numbers of the first counter that belong to what comes before
+    const std::int64_t some = std::min(count - i, kNumbers - skip);
+    constexpr std::int64_t kBlock = 4 * kPhiloxCounters;
+    philox_fill(std::uint64_t(begin + i) / 4, (skip + some + kBlock - 1) / kBlock, drop.seed, random);
+    for (std::int64_t j = 0; j < some; ++j) values[i + j] = random[skip + j] >= least ? values[i + j] * scale : 0.0f;
+    i += some;
   }
 }
 
@@ -163,7 +171,8 @@ void lora_expand_rows(const LoraExpandArgs& args, std::int64_t begin, std::int64
       const std::int64_t rows = std::min<std::int64_t>(kLoraRows, end - m);
       const auto outer = [&](const float* c, std::int64_t c_stride, std::int64_t count) {
         if (rows == kLoraRows) {
-          lora_outer_of_columns<V, kLoraRows>(args.s + m * args.R, args.R, c, c_stride, count, panel.data(), kLoraChunk);
+          lora_outer_of_columns<V, kLoraRows>(args.s + m * args.R, args.R, c, c_stride, count, panel.data(),
+                                              kLoraChunk);
         } else {
           for (std::int64_t i = 0; i < rows; ++i)
             lora_outer_of_columns<V, 1>(args.s + (m + i) * args.R, args.R, c, c_stride, count,
@@ -240,8 +249,7 @@ void lora_accumulate_columns(const LoraAccumulateArgs& args, std::int64_t begin,
                                         sums.data() + r * kWidth + j, kWidth);
         }
       }
-      for (std::int64_t r = 0; r < args.R; ++r)
-        std::copy_n(sums.data() + r * kWidth, width, args.g + r * args.D + d);
+      for (std::int64_t r = 0; r < args.R; ++r) std::copy_n(sums.data() + r * kWidth, width, args.g + r * args.D + d);
     }
   });
 }

@@ -25,7 +25,7 @@ void nf4_dequantize_tile_cpu(const Nf4Matrix& w, std::int64_t row, std::int64_t 
 // once. Each is summed in one order whatever M and the number of threads: a token's result does not depend on its batch.
 void nf4_matvec_cpu(const Nf4Matrix& w,
                     const void* x,          // [M, K] of `dtype`, row-major
-                    std::int64_t M,         // meant for M up to kNf4MatvecRows
+                    std::int64_t M,         // meant for small M: W is decoded once, in fp32
                     const float* bias,      // [N] or null
                     DType dtype,            // of x and y
                     void* y);               // [M, N], overwritten

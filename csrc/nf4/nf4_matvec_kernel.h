@@ -1,7 +1,9 @@
 // The body of nf4_matvec_cpu as a template over one vector type of common/vec.h; nf4_matmul_cpu*.cpp instantiate it.
 //
-// A row of W is decoded to fp32 in a scratch of K floats that stays in the L1 or L2 cache, then multiplied with every
-// row of x. Bytes from memory: N·K/2 + 4·N·K/blocksize, once, whatever M is.
+// Four rows of W are decoded to fp32 into a scratch that stays in the L2 cache, then multiplied with every row of x, some
+// columns at a time so that those of x stay in the L1 cache. Bytes from memory: N·K/2 + 4·N·K/blocksize, once, whatever
+// M is. Each output is one vector of sums over k in a fixed order, then one fixed tree: its bits depend neither on M nor
+// on which rows it was computed with.
 #pragma once
 
 #include <algorithm>
@@ -14,41 +16,76 @@
 namespace pyfastpeft {
 namespace {
 
+constexpr int kNf4Rows = 4;                // of W at a time
+constexpr std::int64_t kNf4Columns = 512;  // of x at a time: 8 rows are 16 KiB
+
 template <typename V>
-float nf4_sum(V value) {
+float nf4_sum(const float* sums) {
   float lanes[V::width];
-  value.store(lanes);
+  std::copy(sums, sums + V::width, lanes);
   for (int step = V::width / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
 }
 
-// One row of x with one row of W. Four sums hide the latency of the multiply-add; their order is fixed.
-template <typename V>
-float nf4_dot(const float* x, const float* w, std::int64_t count) {
-  V sum[4] = {V::set(0.0f), V::set(0.0f), V::set(0.0f), V::set(0.0f)};
-  std::int64_t k = 0;
-  for (; k + 4 * V::width <= count; k += 4 * V::width)
-    for (int j = 0; j < 4; ++j)
-      sum[j] = V::fma(V::load(x + k + j * V::width), V::load(w + k + j * V::width), sum[j]);
-  for (; k < count; k += V::width) sum[0] = V::fma(V::load(x + k), V::load(w + k), sum[0]);
-  return nf4_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+// sums[m][r] += x[m] · w[r] over `count` columns, for `tokens` rows of x and kNf4Rows of W; sums are vectors.
+template <typename V, int tokens>
+void nf4_dots(const float* const* w, const float* x, std::int64_t stride, std::int64_t count, float* sums) {
+  V sum[tokens][kNf4Rows];
+  for (int m = 0; m < tokens; ++m)
+    for (int r = 0; r < kNf4Rows; ++r) sum[m][r] = V::set(0.0f);
+  for (std::int64_t k = 0; k < count; k += V::width) {
+    V right[kNf4Rows];
+    for (int r = 0; r < kNf4Rows; ++r) right[r] = V::load(w[r] + k);
+    for (int m = 0; m < tokens; ++m) {
+      const V left = V::load(x + m * stride + k);
+      for (int r = 0; r < kNf4Rows; ++r) sum[m][r] = V::fma(left, right[r], sum[m][r]);
+    }
+  }
+  for (int m = 0; m < tokens; ++m)
+    for (int r = 0; r < kNf4Rows; ++r) {
+      float* total = sums + (m * kNf4Rows + r) * V::width;
+      (V::load(total) + sum[m][r]).store(total);
+    }
 }
 
 template <typename V>
 void nf4_matvec_rows(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t end) {
   const KeepSubnormals keep;
+  constexpr int kTokens = V::width >= 16 ? 4 : 2;  // as many sums as there are registers for
+  // a long sum of one lane loses bits: the narrower the vector, the fewer columns are summed before they join the total
+  constexpr std::int64_t kColumns = V::width > 1 ? kNf4Columns : 64;
   const Nf4Matrix& w = *args.w;
-  std::vector<float> scratch(std::size_t(w.K + 2 * w.blocksize + kNf4MatvecPad));
-  for (std::int64_t n = begin; n < end; ++n) {
-    const std::int64_t first = n * w.K / w.blocksize, last = ((n + 1) * w.K + w.blocksize - 1) / w.blocksize;
-    nf4_decode_blocks(w, first, last - first, DType::f32, scratch.data());
-    float* row = scratch.data() + (n * w.K - first * w.blocksize);
-    std::fill(row + w.K, row + args.stride, 0.0f);  // what follows belongs to the next row
-    for (std::int64_t m = 0; m < args.M; ++m) {
-      const float dot = nf4_dot<V>(args.x + m * args.stride, row, args.stride);
-      args.y[m * w.N + n] = args.bias != nullptr ? dot + args.bias[n] : dot;
+  const std::int64_t row_size = w.K + 2 * w.blocksize + kNf4MatvecPad;
+  std::vector<float> scratch(std::size_t(kNf4Rows * row_size)), sums(std::size_t(args.M * kNf4Rows * V::width));
+  for (std::int64_t n = begin; n < end; n += kNf4Rows) {
+    const float* rows[kNf4Rows];
+    for (int r = 0; r < kNf4Rows; ++r) {
+      const std::int64_t i = std::min(n + r, end - 1);  // the last group repeats its last row
+      const std::int64_t first = i * w.K / w.blocksize, last = ((i + 1) * w.K + w.blocksize - 1) / w.blocksize;
+      float* to = scratch.data() + r * row_size;
+      nf4_decode_blocks(w, first, last - first, DType::f32, to);
+      to += i * w.K - first * w.blocksize;
+      std::fill(to + w.K, to + args.stride, 0.0f);  // what follows belongs to the next row
+      rows[r] = to;
     }
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (std::int64_t k = 0; k < args.stride; k += kColumns) {
+      const std::int64_t count = std::min(kColumns, args.stride - k);
+      const float* part[kNf4Rows];
+      for (int r = 0; r < kNf4Rows; ++r) part[r] = rows[r] + k;
+      std::int64_t m = 0;
+      for (; m + kTokens <= args.M; m += kTokens)
+        nf4_dots<V, kTokens>(part, args.x + m * args.stride + k, args.stride, count,
+                             sums.data() + m * kNf4Rows * V::width);
+      for (; m < args.M; ++m)
+        nf4_dots<V, 1>(part, args.x + m * args.stride + k, args.stride, count, sums.data() + m * kNf4Rows * V::width);
+    }
+    for (std::int64_t m = 0; m < args.M; ++m)
+      for (std::int64_t r = 0; r < std::min<std::int64_t>(kNf4Rows, end - n); ++r) {
+        const float dot = nf4_sum<V>(sums.data() + (m * kNf4Rows + r) * V::width);
+        args.y[m * w.N + n + r] = args.bias != nullptr ? dot + args.bias[n + r] : dot;
+      }
   }
 }
 

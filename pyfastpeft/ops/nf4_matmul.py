@@ -31,8 +31,10 @@ from pyfastpeft.ops._linear import (
 from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
-MATVEC_ROWS = 8  # up to this many rows of x the packed bytes are read directly
-TILE_BYTES = 2 << 20
+# Up to this many rows of x the packed bytes are read directly. Measured on Zen 4 at 4096 x 4096: torch's bf16 matmul has
+# twice the rate of fp32 FMA, so tiles win sooner there.
+MATVEC_ROWS = {torch.bfloat16: 8, torch.float32: 32, torch.float16: 32}
+TILE_BYTES = 4 << 20
 FLOAT16_ROWS = 256  # of x, widened at a time
 
 
@@ -136,7 +138,7 @@ def _forward_cpu(
     rows, w = as_rows(x), _Weight(*flat, N, K)
     y = x.new_empty(rows.shape[0], N)
     if y.numel():
-        (_matvec if rows.shape[0] <= MATVEC_ROWS else _matmul)(w, rows, bias, y)
+        (_matvec if rows.shape[0] <= MATVEC_ROWS[x.dtype] else _matmul)(w, rows, bias, y)
         if lora_a is not None:
             add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed)
     return y.view(*x.shape[:-1], N)

@@ -76,8 +76,7 @@ def merge(config: MergeConfig) -> MergeResult:
     if config.into == "dequantized" and not quantised:
         raise ConfigError(
             f"--into dequantized: {adapter} has no run.json of a qlora run beside it, so its quantisation is not "
-            "known; use "
-            "--into original"
+            "known; use --into original"
         )
     model_config = read_model_config(config.model)
     stored = getattr(model_config, "dtype", None) or torch.float32

@@ -102,8 +102,7 @@ def load_state(checkpoint: Path) -> TrainerState:
         what = f"{', '.join(missing)} missing" if missing else f"{STATE} is not readable"
         raise OutputError(
             f"{checkpoint} is no complete checkpoint: {what}; name another one with --resume-from, or remove the "
-            "folder "
-            "and use --resume for the newest of the others"
+            "folder and use --resume for the newest of the others"
         )
     return state
 

@@ -73,10 +73,8 @@ class Sequences:
 def tokenize(documents: list[Document], tokenizer: Any, source: str) -> list[TokenizedDocument]:
     """Tokenises each document's parts. Text and completions end with the end-of-text token; a chat ends as its template
     does. A part that starts a document gets the tokens that the tokenizer itself puts first (a BOS)."""
-    flat: dict[bool, list[tuple[int, int, str]]] = {
-        True: [],
-        False: [],
-    }  # first part of a document? → (doc, part, text)
+    # first part of a document? → (document, part, text)
+    flat: dict[bool, list[tuple[int, int, str]]] = {True: [], False: []}
     for d, document in enumerate(documents):
         for p, part in enumerate(document.parts):
             flat[p == 0 and not document.templated].append((d, p, part.text))
@@ -113,9 +111,11 @@ def split_heldout(
     if len(documents) == 1:
         document = documents[0]
         cut = document.ids.numel() - round(document.ids.numel() * fraction)
-        halves = (slice(None, cut), slice(cut, None))
-        # type: ignore[return-value]
-        return tuple([TokenizedDocument(document.ids[s], document.targets[s], document.plain)] for s in halves)
+        first, second = (
+            TokenizedDocument(document.ids[part], document.targets[part], document.plain)
+            for part in (slice(None, cut), slice(cut, None))
+        )
+        return [first], [second]
     count = min(len(documents) - 1, max(1, round(len(documents) * fraction)))
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     heldout = set(order[:count])
@@ -142,8 +142,7 @@ def make_sequences(documents: list[TokenizedDocument], length: int, packing: boo
         if count == 0:
             raise DataError(
                 f"{source}: {ids.numel()} tokens are fewer than one sequence of {length} + 1; give more text, a "
-                "smaller "
-                "--sequence-length, or --no-packing (padded rows)"
+                "smaller --sequence-length, or --no-packing (padded rows)"
             )
         starts = [i * length for i in range(count)]
         ends = [start + length + 1 for start in starts]
@@ -174,8 +173,8 @@ def make_sequences(documents: list[TokenizedDocument], length: int, packing: boo
             f"{source}: none of the {len(starts)} sequences holds a token to learn from within {length} tokens; give a "
             "larger --sequence-length or shorter prompts"
         )
-    as_tensor = lambda values: torch.tensor([values[i] for i in keep], dtype=torch.int64)  # noqa: E731
-    return Sequences(ids, targets, as_tensor(starts), as_tensor(ends), packing, notes)
+    kept_starts, kept_ends = (torch.tensor([values[i] for i in keep], dtype=torch.int64) for values in (starts, ends))
+    return Sequences(ids, targets, kept_starts, kept_ends, packing, notes)
 
 
 class BatchOrder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pyfastpeft.finetune import FinetuneConfig, FinetuneResult, ModelError, OutputError, finetune
+from pyfastpeft.finetune import ConfigError, FinetuneConfig, FinetuneResult, ModelError, OutputError, finetune
 from pyfastpeft.finetune.data import Sequences, make_sequences, tokenize
 from pyfastpeft.finetune.files import prepare_output, read_json, reason, write_bytes
 from pyfastpeft.finetune.loop import mean_loss, perplexity
@@ -36,7 +36,7 @@ SEQUENCE = 512  # bytes: the model's context
 BATCH = 8
 STEPS = 160
 LEARNING_RATE = 4e-3  # a model this small takes, and needs, far more than a large one
-HELDOUT_BYTES = 96 * 1024  # of each domain, from the start of its held-out part
+HELDOUT_BYTES = 64 * 1024  # of each domain, from the start of its held-out part
 PROMPT = "def "
 SAMPLE_TOKENS = 240
 
@@ -98,10 +98,13 @@ def run_demo(
     folder = Path(output).expanduser()
     earlier = read_json(folder / RUN)
     replace = overwrite or (earlier is not None and earlier.get("base_model") == str(model))
+    target = folder / "merged"
+    if target.exists() and not replace:
+        raise ConfigError(f"{target} exists and is no earlier demo's; choose another --output, or use --overwrite")
     if threads is not None:
         torch.set_num_threads(threads)
 
-    def say(line: str = "") -> None:
+    def say(line: str) -> None:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
     say(f"pyfastpeft demo: QLoRA on {model.name}/, from English to Python source, on {torch.get_num_threads()} threads")
@@ -157,8 +160,7 @@ def run_demo(
     if after.python != trained:
         raise OutputError(
             f"the adapter read back from {result.output} gives a held-out loss of {after.python!r}, the one in "
-            "memory had "
-            f"{trained!r}: what was saved is not what was trained"
+            f"memory had {trained!r}: what was saved is not what was trained"
         )
     say(f"\nafter: a sample after {PROMPT!r}")
     say(_indented(after.sample))
@@ -166,7 +168,6 @@ def run_demo(
     gc.collect()
 
     with watch.phase("merging"):
-        target = folder / "merged"
         shutil.rmtree(target, ignore_errors=True)
         merged = merge(MergeConfig(model=str(model), adapter=str(result.output), output=str(target)))
         base, network = load_adapted(GenerateConfig(model=str(target), quantize=False, seed=seed, device="cpu"))
@@ -239,7 +240,7 @@ def _indented(text: str) -> str:
 
 def _summary(
     out: Console,
-    say,
+    say: Callable[[str], None],
     config: FinetuneConfig,
     result: FinetuneResult,
     before: Measured,
@@ -257,7 +258,7 @@ def _summary(
         (f"merged, {str(merged.dtype).removeprefix('torch.')}", joined),
     ):
         table.add_row(name, f"{perplexity(state.python):.3f}", f"{perplexity(state.english):.3f}")
-    say()
+    say("")
     out.print(table)
     say(
         f"the adapter read back from disk gives the same held-out loss as the one in memory, to the last bit "

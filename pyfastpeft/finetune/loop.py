@@ -240,8 +240,7 @@ class TrainingLoop:
         saved = self.last_checkpoint or "none yet"
         return NonFiniteLossError(
             f"step {self.state.step + 1}: the {what} is {value} ({before}); the step was not taken and nothing was "
-            "saved over "
-            f"the last checkpoint ({saved}). Try a lower --learning-rate (now {config.learning_rate:g}; "
+            f"saved over the last checkpoint ({saved}). Try a lower --learning-rate (now {config.learning_rate:g}; "
             f"{config.learning_rate / 4:g}, say), a longer warm-up, or --dtype float32"
         )
 

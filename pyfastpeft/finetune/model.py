@@ -152,8 +152,7 @@ def load_base(model: str, *, device: str = "auto", dtype: str | torch.dtype = "a
     if missing := sorted(loading["missing_keys"]):  # transformers would train on with random ones
         raise ModelError(
             f"model {model}: {len(missing)} weights are missing in its files (first: {', '.join(missing[:3])}); it "
-            "is no "
-            f"complete {type(network).__name__}"
+            f"is no complete {type(network).__name__}"
         )
     return Base(network, tokenizer, chosen, kind, notes)
 
@@ -197,8 +196,7 @@ def check_tokens(ids: torch.Tensor, model: torch.nn.Module) -> None:
     if highest >= rows:
         raise ModelError(
             f"the tokenizer gives token {highest}, but the model's embedding has {rows} rows; tokenizer and model do "
-            "not "
-            "belong together (a model whose vocabulary was extended must have its embeddings resized and saved)"
+            "not belong together (a model whose vocabulary was extended must have its embeddings resized and saved)"
         )
 
 

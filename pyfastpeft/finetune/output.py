@@ -62,8 +62,7 @@ class OutputFolder:
         if not resume:
             raise ConfigError(
                 f"output folder {self.path} holds an earlier run ({', '.join(present)}); --resume goes on with it, "
-                "--overwrite "
-                "replaces it, or choose another --output"
+                "--overwrite replaces it, or choose another --output"
             )
         if self.earlier is None:
             raise OutputError(
@@ -73,8 +72,7 @@ class OutputFolder:
         if differences := config.differences(self.earlier.get("options", {})):
             raise ConfigError(
                 f"the run in {self.path} was made with other options ({'; '.join(differences)}); resume it with its "
-                "own ones "
-                f"(they are in {RUN}), or use --overwrite or another --output"
+                f"own ones (they are in {RUN}), or use --overwrite or another --output"
             )
         if config.resume_from is not None:
             self.checkpoint = Path(config.resume_from).expanduser()
@@ -134,8 +132,7 @@ class OutputFolder:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OutputError(
                 f"the adapter could not be written to {self.path}: {reason(error)}; the last checkpoint in "
-                f"{self.path / FOLDER} "
-                "holds the same weights"
+                f"{self.path / FOLDER} holds the same weights"
             ) from error
 
     def _clear(self) -> None:

@@ -74,8 +74,7 @@ def _decode(raw: bytes, path: Path, offset: int, where: str) -> str:
     if nul >= 0:
         raise DataError(
             f"data file {path} is binary: a NUL byte at offset {offset + nul}{where}; expected UTF-8 text (UTF-16 "
-            "text can "
-            "be converted by: iconv -f UTF-16 -t UTF-8)"
+            "text can be converted by: iconv -f UTF-16 -t UTF-8)"
         )
     try:
         return raw.decode("utf-8")
@@ -179,8 +178,7 @@ def _chat(messages: Any, where: str, tokenizer: Any) -> Document:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f'{where}: "messages" need a chat template and this model\'s tokenizer has none; use an '
-            "instruction-tuned model, "
-            'or write the conversation as "prompt" and "completion"'
+            'instruction-tuned model, or write the conversation as "prompt" and "completion"'
         )
 
     def render(count: int, prompt: bool) -> str:
@@ -199,8 +197,7 @@ def _chat(messages: Any, where: str, tokenizer: Any) -> Document:
         if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
             raise DataError(
                 f"{where}: the chat template renders message {i + 1} differently once later messages follow, so its "
-                "tokens "
-                "cannot be told apart; give conversations with one assistant turn, at the end"
+                "tokens cannot be told apart; give conversations with one assistant turn, at the end"
             )
         parts += [Part(whole[done : len(before)], False), Part(whole[len(before) : len(after)], True)]
         done = len(after)

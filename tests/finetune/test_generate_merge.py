@@ -197,3 +197,20 @@ def test_failed_merge_leaves_nothing(tiny_model, trained, tmp_path, monkeypatch)
     with pytest.raises(OutputError, match="the merged model could not be written .*disk is full"):
         merge(MergeConfig(str(tiny_model), str(trained["lora"]), str(tmp_path / "merged")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_waits_for_the_rest():
+    from pyfastpeft.generate import _Stream
+
+    class Bytes:
+        def decode(self, ids, **_):
+            return bytes(ids).decode(errors="replace")
+
+    pieces = []
+    stream = _Stream(Bytes(), pieces.append)
+    stream.put(torch.tensor([[1, 2]]))  # the prompt
+    text = "é€\n𝄞x"
+    for byte in text.encode():
+        stream.put(torch.tensor([byte]))
+    stream.end()
+    assert pieces == list(text)

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_if_dead
 
 LIBRARY = torch.library.Library("pyfastpeft", "DEF")
 
@@ -88,6 +88,8 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
     is all that is needed there.
     """
     op = torch._library.utils.lookup_op(f"pyfastpeft::{name}")
+    # the dispatcher leaves trailing arguments out where they equal their defaults
+    defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
 
     def below(keyset, args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -98,8 +100,7 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
         def forward(ctx, *args):
             *args, keyset = args
             output = below(keyset, args)
-            filled, _ = torch._library.utils.fill_defaults(op._schema, tuple(args), {})
-            setup_context(ctx, filled, output)
+            setup_context(ctx, (*args, *defaults[len(args) :]), output)
             return output
 
         @staticmethod
@@ -114,7 +115,7 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
         if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
             return below(keyset, args)
         if not torch._C._are_functorch_transforms_active():
-            return apply(*unwrap_dead_wrappers(args), keyset)
+            return apply(*[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args], keyset)
         with enable_single_level_autograd_function():
             return apply(*args, keyset)
 

@@ -45,7 +45,8 @@ class QuantizedTensor:
     offset: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.shape = torch.Size(self.shape)
+        if not isinstance(self.shape, torch.Size):  # torch.compile of torch 2.6 cannot trace the conversion
+            self.shape = torch.Size(self.shape)
         if self.blocksize not in BLOCKSIZES:
             raise ValueError(f"QuantizedTensor: blocksize is {self.blocksize}, expected one of {BLOCKSIZES}")
         if self.quant_type not in QUANT_TYPES:

@@ -33,8 +33,8 @@ from pyfastpeft.merge import MergeConfig, MergeResult, merge
 DEMO_OUTPUT = "pyfastpeft-demo"
 DATA = "data"  # folder of the corpora, in the output folder
 SEQUENCE = 512  # bytes: the model's context
-BATCH = 8
-STEPS = 160
+BATCH = 4
+STEPS = 320
 LEARNING_RATE = 4e-3  # a model this small takes, and needs, far more than a large one
 HELDOUT_BYTES = 64 * 1024  # of each domain, from the start of its held-out part
 PROMPT = "def "

@@ -11,14 +11,14 @@ constexpr std::int64_t kAdamwBlock = 256;  // values per absmax of the 8-bit sta
 
 // One tensor and its state: values in the order of memory, all of one layout.
 struct AdamwTensor {
-  void* param;        // [n] param_dtype
-  const void* grad;   // [n] grad_dtype: f32 or param_dtype
-  void* exp_avg;      // [n] f32, or u8 codes where bits8
-  void* exp_avg_sq;   // the same
-  float* absmax1;     // [ceil(n / 256)] of exp_avg; null unless bits8
-  float* absmax2;     // of exp_avg_sq
-  float* master;      // [n] f32 weights that param is a rounded copy of; null: none
-  float* step;        // [1], incremented
+  void* param;       // [n] param_dtype
+  const void* grad;  // [n] grad_dtype: f32 or param_dtype
+  void* exp_avg;     // [n] f32, or u8 codes where bits8
+  void* exp_avg_sq;  // the same
+  float* absmax1;    // [ceil(n / 256)] of exp_avg; null unless bits8
+  float* absmax2;    // of exp_avg_sq
+  float* master;     // [n] f32 weights that param is a rounded copy of; null: none
+  float* step;       // [1], incremented
   std::int64_t n;
   DType param_dtype, grad_dtype;
   bool bits8;
@@ -26,7 +26,7 @@ struct AdamwTensor {
 
 struct AdamwOptions {
   double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled;            // AdamW's decay of the weights; false: L2, added to the gradient
+  bool decoupled;  // AdamW's decay of the weights; false: L2, added to the gradient
   bool maximize;
   double grad_scale;         // gradients are divided by it
   const float* map1;         // [256] ascending levels of exp_avg's codes; null where no tensor is bits8

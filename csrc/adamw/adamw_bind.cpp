@@ -40,7 +40,7 @@ void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads
            const py::object& masters, const py::buffer& steps, const py::buffer& numels, const py::buffer& kinds,
            double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
            double grad_scale, Address map1, Address map2, Address seed) {
-  const py::buffer_info infos[] = {params.request(), grads.request(), exp_avgs.request(), exp_avg_sqs.request(),
+  const py::buffer_info infos[] = {params.request(), grads.request(),  exp_avgs.request(), exp_avg_sqs.request(),
                                    steps.request(),  numels.request(), kinds.request()};
   const auto* p = items<Address>(infos[0], count, "params");
   const auto* g = items<Address>(infos[1], count, "grads");
@@ -58,8 +58,16 @@ void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads
     optional[i] = given[i]->cast<py::buffer>().request();
     extra[i] = items<Address>(optional[i], count, names[i]);
   }
-  AdamwOptions options{lr,       beta1,      beta2, eps, weight_decay, decoupled,
-                       maximize, grad_scale, checked_map(map1, "qmap1"), checked_map(map2, "qmap2"),
+  AdamwOptions options{lr,
+                       beta1,
+                       beta2,
+                       eps,
+                       weight_decay,
+                       decoupled,
+                       maximize,
+                       grad_scale,
+                       checked_map(map1, "qmap1"),
+                       checked_map(map2, "qmap2"),
                        reinterpret_cast<const std::int64_t*>(seed)};
   std::vector<AdamwTensor> tensors(static_cast<std::size_t>(count));
   for (std::int64_t i = 0; i < count; ++i) {

@@ -1,12 +1,11 @@
 // AdamW on the CPU: the scalars of each step, the tables of the 8-bit maps, the split among threads, and stochastic
 // rounding. The update itself is in adamw_kernel.h.
-#include "adamw/adamw.h"
-
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <vector>
 
+#include "adamw/adamw.h"
 #include "adamw/adamw_kernel.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"

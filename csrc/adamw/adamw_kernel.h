@@ -14,14 +14,14 @@ namespace pyfastpeft {
 
 // The scalars of one tensor's step, rounded to fp32 where torch rounds them.
 struct AdamwCoefficients {
-  float grad_factor;        // 1 / grad_scale, negated to maximize
-  float decay;              // 1 - lr · weight_decay, or 1
-  float l2;                 // weight_decay added to the gradient, or 0
-  float lerp1;              // 1 - beta1
+  float grad_factor;  // 1 / grad_scale, negated to maximize
+  float decay;        // 1 - lr · weight_decay, or 1
+  float l2;           // weight_decay added to the gradient, or 0
+  float lerp1;        // 1 - beta1
   float beta2, one_minus_beta2;
-  float correction2_sqrt;   // sqrt(1 - beta2^step)
+  float correction2_sqrt;  // sqrt(1 - beta2^step)
   float eps;
-  float negative_step_size; // -lr / (1 - beta1^step)
+  float negative_step_size;  // -lr / (1 - beta1^step)
 };
 
 // Exact nearest code of an 8-bit map, ties to the lower: the number of thresholds strictly below x.
@@ -29,12 +29,12 @@ struct AdamwCoefficients {
 // bits of x choose a bucket, whose lowest value's code is `first`; a value has at most one further threshold to pass
 // in the dynamic maps (any ascending map stays exact).
 struct AdamwMap {
-  static constexpr std::uint32_t kLowBucket = 0x3400;  // 2^-23: below it only zero's neighbours
+  static constexpr std::uint32_t kLowBucket = 0x3400;             // 2^-23: below it only zero's neighbours
   static constexpr std::uint32_t kBuckets = 0x3f81 - kLowBucket;  // up to 1 + 1/128
   float level[256];
   float threshold[256];  // the last is infinite
   std::uint8_t first[2][kBuckets];
-  std::uint8_t zero;     // the code of 0
+  std::uint8_t zero;  // the code of 0
 };
 
 struct AdamwRange {

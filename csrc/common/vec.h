@@ -53,9 +53,7 @@ struct VecAvx2 {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
-  static VecAvx2 load(const f16* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-  }
+  static VecAvx2 load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bf16* p) const {
     const __m256i u = _mm256_castps_si256(v);
@@ -101,8 +99,7 @@ struct VecAvx512 {
     const __m512i rounded =
         _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff))), 16);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i wide =
-        _mm512_mask_or_epi32(rounded, is_nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    const __m512i wide = _mm512_mask_or_epi32(rounded, is_nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(wide));
   }
   void store(f16* p) const {

@@ -8,9 +8,9 @@
 namespace pyfastpeft {
 
 // y = x · scale: one fp32 product, rounded once to the dtype.
-void ia3_scale_cpu(const void* x,        // [M, D], rows x_stride elements apart
-                   const float* scale,   // [D]
-                   void* y,              // [M, D], contiguous, same dtype as x
+void ia3_scale_cpu(const void* x,       // [M, D], rows x_stride elements apart
+                   const float* scale,  // [D]
+                   void* y,             // [M, D], contiguous, same dtype as x
                    std::int64_t M, std::int64_t D, std::int64_t x_stride, DType dtype);
 
 // grad_x = grad_y · scale and grad_scale[d] = Σ_m grad_y[m, d] · x[m, d] in one pass over both.

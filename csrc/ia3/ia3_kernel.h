@@ -10,14 +10,14 @@ namespace pyfastpeft {
 
 // A tile's rows all have the same number of columns. Strides in elements.
 struct Ia3Tile {
-  const void* grad_y;   // backward only
+  const void* grad_y;  // backward only
   std::int64_t grad_stride;
   const void* x;
   std::int64_t x_stride;
   const float* scale;
-  void* out;            // y or grad_x; backward: null when not wanted
+  void* out;  // y or grad_x; backward: null when not wanted
   std::int64_t out_stride;
-  float* sums;          // backward: [columns], += Σ grad_y · x; null when not wanted
+  float* sums;  // backward: [columns], += Σ grad_y · x; null when not wanted
   std::int64_t rows, columns;
 };
 

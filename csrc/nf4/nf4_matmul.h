@@ -24,10 +24,10 @@ void nf4_dequantize_tile_cpu(const Nf4Matrix& w, std::int64_t row, std::int64_t 
 // Each output is one fp32 dot product of decoded fp32 weights (scaled, never rounded to 16 bits), plus bias, rounded
 // once. Each is summed in one order whatever M and the number of threads: a token's result does not depend on its batch.
 void nf4_matvec_cpu(const Nf4Matrix& w,
-                    const void* x,          // [M, K] of `dtype`, row-major
-                    std::int64_t M,         // meant for small M: W is decoded once, in fp32
-                    const float* bias,      // [N] or null
-                    DType dtype,            // of x and y
-                    void* y);               // [M, N], overwritten
+                    const void* x,      // [M, K] of `dtype`, row-major
+                    std::int64_t M,     // meant for small M: W is decoded once, in fp32
+                    const float* bias,  // [N] or null
+                    DType dtype,        // of x and y
+                    void* y);           // [M, N], overwritten
 
 }  // namespace pyfastpeft

@@ -81,7 +81,8 @@ void nf4_matvec_cpu(const Nf4Matrix& w, const void* x, std::int64_t M, const flo
     for (std::int64_t m = 0; m < M; ++m)
       for (std::int64_t k = 0; k < w.K; ++k) wide[m * stride + k] = to_f32(static_cast<const T*>(x)[m * w.K + k]);
   });
-  const Nf4MatvecArgs args{&w, wide.data(), M, stride, bias, dtype == DType::f32 ? static_cast<float*>(y) : sums.data()};
+  const Nf4MatvecArgs args{&w,     wide.data(), M,
+                           stride, bias,        dtype == DType::f32 ? static_cast<float*>(y) : sums.data()};
   Nf4MatvecRows* const rows = matvec_variant();
   parallel_for(w.N, kGrainValues / (w.K + 1) + 1,
                [&](std::int64_t begin, std::int64_t end) { rows(args, begin, end); });

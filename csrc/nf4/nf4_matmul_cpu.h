@@ -8,11 +8,11 @@ namespace pyfastpeft {
 
 struct Nf4MatvecArgs {
   const Nf4Matrix* w;
-  const float* x;        // [M, stride], rows padded with zeros up to the stride
+  const float* x;  // [M, stride], rows padded with zeros up to the stride
   std::int64_t M;
-  std::int64_t stride;   // K rounded up to kNf4MatvecPad
-  const float* bias;     // or null
-  float* y;              // [M, N]
+  std::int64_t stride;  // K rounded up to kNf4MatvecPad
+  const float* bias;    // or null
+  float* y;             // [M, N]
 };
 constexpr std::int64_t kNf4MatvecPad = 16;  // the widest vector
 

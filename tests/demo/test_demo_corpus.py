@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyfastpeft.demo import MODEL_DIRECTORY, corpus
 
@@ -255,6 +256,7 @@ def test_sample_is_mostly_words_of_the_training_text(model_and_tokenizer) -> Non
 # The script ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 def test_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig

@@ -27,10 +27,15 @@ SMALLEST_LOSS_SCALE = 2.0**-10  # float16: a gradient that overflows below this 
 
 
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM: the loop then saves a checkpoint and returns. A second Ctrl-C stops at once."""
+    """Set by Ctrl-C or SIGTERM: the loop then saves a checkpoint and returns. A second Ctrl-C stops at once.
+
+    Wrappers such as `timeout` and `make` may pass the same signal on twice, so one that follows within a second, or a
+    second SIGTERM, is the first one again.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -46,9 +51,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > 1.0:
             raise KeyboardInterrupt
-        self.signal = number
 
     @property
     def requested(self) -> bool:

@@ -237,6 +237,11 @@ def test_second_signal_stops_at_once(monkeypatch):
     with stop.listening(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a wrapper
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop._since -= 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -111,8 +111,10 @@ void lora_shrink_rows(const LoraShrinkArgs& args, std::int64_t begin, std::int64
                                      s + i * args.R, args.R);
         }
       };
-      for (std::int64_t k = 0; k < whole; k += kLoraChunk) {
-        const std::int64_t count = std::min(kLoraChunk, whole - k);
+      // one lane sums what sixteen would: a shorter run keeps the error of its long chain down
+      constexpr std::int64_t chunk = V::width == 1 ? 64 : kLoraChunk;
+      for (std::int64_t k = 0; k < whole; k += chunk) {
+        const std::int64_t count = std::min(chunk, whole - k);
         for (std::int64_t i = 0; i < rows; ++i)
           lora_load_panel<V>(x, (m + i) * args.D + k, count, args.drop, panel.data() + i * kLoraChunk);
         dots(args.a + k, args.D, count);
@@ -208,8 +210,8 @@ template <typename V, int ranks, int vectors>
 void lora_gather(const float* p, std::int64_t p_stride, const float* panel, std::int64_t panel_stride,
                  std::int64_t rows, float* g, std::int64_t g_stride) {
   V sum[ranks][vectors];
-  for (int r = 0; r < ranks; ++r)
-    for (int j = 0; j < vectors; ++j) sum[r][j] = V::load(g + r * g_stride + j * V::width);
+  for (auto& row : sum)
+    for (auto& value : row) value = V::set(0.0f);
   for (std::int64_t m = 0; m < rows; ++m) {
     V right[vectors];
     for (int j = 0; j < vectors; ++j) right[j] = V::load(panel + m * panel_stride + j * V::width);
@@ -219,7 +221,10 @@ void lora_gather(const float* p, std::int64_t p_stride, const float* panel, std:
     }
   }
   for (int r = 0; r < ranks; ++r)
-    for (int j = 0; j < vectors; ++j) sum[r][j].store(g + r * g_stride + j * V::width);
+    for (int j = 0; j < vectors; ++j) {  // a sum per panel, then the sum of those: shorter chains, smaller error
+      float* to = g + r * g_stride + j * V::width;
+      (V::load(to) + sum[r][j]).store(to);
+    }
 }
 
 template <typename V>

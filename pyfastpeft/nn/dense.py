@@ -13,7 +13,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def conv1d_class(cls: type) -> type | None:
     """transformers' Conv1D among the classes `cls` derives from, or None."""
-    return next((c for c in cls.__mro__ if c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")), None)
+    for base in cls.__mro__:  # a plain loop: torch.compile of torch 2.6 cannot trace next(…, None)
+        if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
+            return base
+    return None
 
 
 def has_own_forward(module: nn.Module, known: type | None) -> bool:

@@ -271,15 +271,16 @@ def _zero_weight(n, k, blocksize, quant_type, double_quant, dtype, device) -> Qu
     """Codes and statistics that decode to zeros, with the shapes of a quantised [n, k]."""
     blocks = -(n * k // -max(blocksize, 1))  # a wrong blocksize is QuantizedTensor's to name
     code = 0x77 if quant_type == "nf4" else 0x00
+    packed = torch.full(((n * k + 1) // 2, 1), code, dtype=torch.uint8, device=device)
     nested = {}
     if double_quant:
         nested = {
             "nested_absmax": torch.zeros(-(blocks // -NESTED_BLOCKSIZE), dtype=torch.float32, device=device),
-            "nested_map": dynamic_map().to(device or torch.get_default_device()),
+            "nested_map": dynamic_map().to(packed.device),  # the default device where none is given
             "offset": torch.zeros((), dtype=torch.float32, device=device),
         }
     return QuantizedTensor(
-        packed=torch.full(((n * k + 1) // 2, 1), code, dtype=torch.uint8, device=device),
+        packed=packed,
         absmax=torch.zeros(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device),
         blocksize=blocksize, quant_type=quant_type, shape=(n, k), dtype=dtype, **nested,
     )  # fmt: skip

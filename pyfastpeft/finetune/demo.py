@@ -37,7 +37,7 @@ BATCH = 4
 STEPS = 320
 LEARNING_RATE = 4e-3  # a model this small takes, and needs, far more than a large one
 HELDOUT_BYTES = 64 * 1024  # of each domain, from the start of its held-out part
-PROMPT = "def "
+PROMPT = "    def read(self, "
 SAMPLE_TOKENS = 240
 
 
@@ -228,7 +228,9 @@ def _measure(base: Base, model: torch.nn.Module, heldout: dict[str, Sequences], 
         name: mean_loss(model, sequences, batch_size=config.batch_size, pad=0, device=base.device)
         for name, sequences in heldout.items()
     }
-    sampling = GenerateConfig(model=config.model, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, seed=config.seed)
+    sampling = GenerateConfig(
+        model=config.model, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.9, seed=config.seed
+    )
     sample = PROMPT + generate_text(model, base, PROMPT, sampling)
     nan = float("nan")
     return Measured(losses.get("python") or nan, losses.get("english") or nan, sample)

@@ -106,7 +106,8 @@ class AdamW(torch.optim.Optimizer):
         try:
             _check_options(group)
             for i, p in enumerate(group["params"]):
-                if p.dtype not in DTYPE_CODES:
+                # integers cannot be trained: the frozen codes of a 4-bit base among model.parameters() are passed over
+                if p.dtype not in DTYPE_CODES and (p.is_floating_point() or p.is_complex()):
                     raise TypeError(
                         f"AdamW: parameter {i} of group {len(self.param_groups) - 1} has dtype {p.dtype}, expected "
                         "float32, bfloat16 or float16; use torch.optim.AdamW for it"

@@ -228,6 +228,17 @@ def test_a_buffer_of_a_torch_save():
             assert torch.equal(other.state[p][key], value) and other.state[p][key].dtype == value.dtype
 
 
+def test_frozen_codes_of_a_4bit_base_are_passed_over():
+    model = nn.Sequential(pf.nn.NF4Linear.from_linear(nn.Linear(64, 64)), nn.Linear(64, 2))
+    codes = model[0].weight.clone()
+    optimizer = pf.optim.AdamW(model.parameters(), lr=0.1)
+    before = model[1].weight.detach().clone()
+    model(torch.randn(3, 64)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, codes)
+    assert not torch.equal(model[1].weight, before)
+
+
 def test_bad_options_and_inputs():
     p = nn.Parameter(torch.randn(4))
     for options, match in (

@@ -6,6 +6,7 @@ import re
 from typer.testing import CliRunner
 
 from pyfastpeft.cli import app
+from pyfastpeft.finetune.demo import PROMPT
 
 
 def test_demo_in_small(tmp_path, monkeypatch):
@@ -21,7 +22,7 @@ def test_demo_in_small(tmp_path, monkeypatch):
     assert after[0] < before[0] and 1.5 < before[0] < 10  # three steps are enough to see it move
     assert abs(merged[0] - after[0]) < 0.1 * after[0]
     assert "to the last bit" in text and "away from the original" in text
-    assert text.count("  | def ") == 3  # a sample before, after, and merged
+    assert text.count(f"  | {PROMPT.rstrip()}") == 3  # a sample before, after, and merged
     files = ["loss.png", "metrics.csv", "run.json", "adapter_model.safetensors", "merged/model.safetensors"]
     assert all((out / name).is_file() for name in files)
     assert str(out / "loss.png") in text

@@ -52,14 +52,14 @@ def main() -> None:
                     return torch.autograd.grad(f(leaf), (leaf, *leaves), grad)
 
                 def ours(leaf=leaf, w=weight, a=a, b=b, p=p, step=step):
-                    return step(lambda t: pf.ops.linear_lora(t, w, None, a, b, 1.0, p), (a, b))
+                    return step(lambda v: pf.ops.linear_lora(v, w, None, a, b, 1.0, p), (a, b))
 
                 candidates = {
                     "ours": ours,
                     "peft": lambda model=model, adapter=adapter, step=step: step(model, adapter),
-                    "base": lambda w=weight, step=step: step(lambda t: torch.nn.functional.linear(t, w), ()),
+                    "base": lambda w=weight, step=step: step(lambda v: torch.nn.functional.linear(v, w), ()),
                     "ours 4-bit": lambda q=q, a=a, b=b, p=p, step=step: step(
-                        lambda t: pf.ops.linear_4bit(t, q, None, a, b, 1.0, p), (a, b)
+                        lambda v: pf.ops.linear_4bit(v, q, None, a, b, 1.0, p), (a, b)
                     ),
                 }
                 name = f"M {M} N {N} K {K} R {R} {str(dtype).removeprefix('torch.')} dropout {p}"

@@ -11,7 +11,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function, unwrap_if_dead
+from torch._C._functorch import unwrap_if_dead
+from torch._functorch.utils import enable_single_level_autograd_function
 
 LIBRARY = torch.library.Library("pyfastpeft", "DEF")
 
@@ -95,13 +96,16 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    class Differentiable(torch.autograd.Function):
+    class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
-        def forward(ctx, *args):
+        def forward(*args):
             *args, keyset = args
-            output = below(keyset, args)
+            return below(keyset, args)
+
+        @staticmethod  # apart from forward: torch 2.15 demands it under torch.func
+        def setup_context(ctx, inputs, output):
+            *args, _ = inputs
             setup_context(ctx, (*args, *defaults[len(args) :]), output)
-            return output
 
         @staticmethod
         def backward(ctx, *grads):
@@ -109,7 +113,7 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
             return (*result, None) if isinstance(result, tuple) else (result, None)
 
     Differentiable.__name__ = Differentiable.__qualname__ = f"{name}_autograd"
-    apply = super(torch.autograd.Function, Differentiable).apply  # past Function.apply's own functorch handling
+    apply = Differentiable.apply
 
     def kernel(keyset, *args):
         if not (torch.is_grad_enabled() and _any_requires_grad(*args)):

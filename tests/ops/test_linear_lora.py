@@ -168,6 +168,18 @@ def test_same_bits_on_every_thread_count(dtype, dropout_p, isa):
             assert torch.equal(results[0][i], other[i])
 
 
+def test_subnormals_survive_flush_denormal(isa):
+    """torch.set_flush_denormal sets a flag of the calling thread: our results must not depend on who computes them."""
+    x, zero, one = torch.full((64, 64), 1e-40), torch.zeros(64, 64), torch.eye(64)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        y, grad_x, *_ = run(lambda *t: pf.ops.linear_lora(*t), [x, zero, None, one, one], x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, x) and torch.equal(grad_x, x)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (5,), (2, 3, 4, 5), (1, 1, 5)])
 def test_any_number_of_dimensions(shape):
     _, weight, bias, a, b, _ = inputs((1, 3, 5, 2), torch.float32)

@@ -13,13 +13,13 @@
 
 #include "common/check.h"
 #include "common/cuda_device.h"
-#include "common/kport.cuh"
+#include "common/cuda_vec.cuh"
 #include "nf4/nf4.h"
 
 namespace pyfastpeft {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 256;
 constexpr int kPerThread = 8;               // values a thread holds; 4 packed bytes
 constexpr std::int64_t kMaxGrid = 1 << 16;  // thread blocks; they walk over what is left
 constexpr unsigned kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u;
@@ -28,21 +28,10 @@ __constant__ float nf4_thresholds[15] = {PYFASTPEFT_NF4_THRESHOLDS};
 __constant__ float fp4_thresholds[7] = {PYFASTPEFT_FP4_THRESHOLDS};
 __constant__ std::uint8_t fp4_ascending[8] = {PYFASTPEFT_FP4_ASCENDING};
 
-__device__ __forceinline__ float as_f32(float v) { return v; }
-__device__ __forceinline__ float as_f32(__half v) { return __half2float(v); }
-__device__ __forceinline__ float as_f32(__nv_bfloat16 v) { return __bfloat162float(v); }
-
 template <QuantType kType>
 __device__ __forceinline__ std::uint32_t encode(float x) {
   return kType == QuantType::nf4 ? encode_nf4(x, nf4_thresholds) : encode_fp4(x, fp4_thresholds, fp4_ascending);
 }
-
-// 16 bytes: what one load instruction brings.
-template <typename T>
-struct alignas(16) Chunk {
-  static constexpr int kValues = 16 / sizeof(T);
-  T values[kValues];
-};
 
 // values = weight[first, first + 8) as fp32, zero from `end` on. `aligned`: weight is 16-byte aligned.
 template <typename T>
@@ -136,8 +125,8 @@ void launch(const void* weight, std::int64_t n, std::int64_t blocksize, std::uin
   const int lanes = int(std::min<std::int64_t>(kWarp, blocksize / kPerThread));
   const std::int64_t groups_per_block = kThreads / lanes;
   const std::int64_t wanted = (block_count(n, blocksize) + groups_per_block - 1) / groups_per_block;
-  const bool aligned_weight = reinterpret_cast<std::uintptr_t>(weight) % 16 == 0;
-  const bool aligned_packed = reinterpret_cast<std::uintptr_t>(packed) % 4 == 0;
+  const bool aligned_weight = is_aligned(weight, 16);
+  const bool aligned_packed = is_aligned(packed, 4);
   const cudaError_t error =
       KLAUNCH((nf4_quantize_kernel<T, kType>), unsigned(std::min(wanted, kMaxGrid)), kThreads, 0,
               static_cast<cudaStream_t>(stream), static_cast<const T*>(weight), n, int(blocksize), lanes,

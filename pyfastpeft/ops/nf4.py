@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from pyfastpeft._native import _C, require_cuda
+from pyfastpeft._native import _C
+from pyfastpeft.ops._cuda import target
 from pyfastpeft.ops._library import LIBRARY, dtype_code, register_op
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 from pyfastpeft.reference.nf4 import NESTED_BLOCKSIZE, dynamic_map
@@ -64,10 +65,10 @@ def _quantize_cuda(weight: torch.Tensor, blocksize: int, quant_type: str) -> tup
     absmax = torch.empty(_ceil_div(n, max(blocksize, 1)), dtype=torch.float32, device=weight.device)
     none = torch.iinfo(torch.int64).max
     bad = torch.full((1,), none, dtype=torch.int64, device=weight.device)
-    require_cuda("quantize_4bit").nf4_quantize_cuda(
+    module, device, stream = target(weight, "quantize_4bit")
+    module.nf4_quantize_cuda(
         weight.data_ptr(), code, n, blocksize, quant_type,
-        packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), bad.data_ptr(),
-        weight.device.index, torch.cuda.current_stream(weight.device).cuda_stream,
+        packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), bad.data_ptr(), device, stream,
     )  # fmt: skip
     if (bad := bad.item()) != none:  # waits for the stream: once per weight, when a model is loaded
         raise _not_finite(weight, bad)

@@ -1,0 +1,27 @@
+"""What the CUDA implementations of ops share: where a call runs."""
+
+from __future__ import annotations
+
+import types
+from typing import NamedTuple
+
+import torch
+
+from pyfastpeft._native import require_cuda
+
+
+class Target(NamedTuple):
+    """The compiled module, and the device index and stream to hand its launchers."""
+
+    module: types.ModuleType
+    device: int
+    stream: int
+
+
+def target(tensor: torch.Tensor, op: str) -> Target:
+    """Where a call on `tensor` runs: its own device, that device's current stream.
+
+    Every CUDA implementation asks here and nowhere else. RuntimeError if this build has no CUDA kernels.
+    """
+    module = require_cuda(op)
+    return Target(module, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)

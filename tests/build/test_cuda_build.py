@@ -46,7 +46,7 @@ def test_kernels_keep_what_kport_asks(file):
     ):
         assert not re.search(forbidden, code), f"{file.name} has {forbidden}; see csrc/common/kport.cuh"
     if "__global__" in code:
-        assert '#include "common/kport.cuh"' in file.read_text(encoding="utf-8")
+        assert re.search(r'#include "common/(kport|cuda_vec).cuh"', file.read_text(encoding="utf-8"))
 
 
 def test_a_cpu_build_refuses_cuda_tensors_with_the_reason_and_the_way_out(monkeypatch):

@@ -18,7 +18,7 @@ struct Nf4Absmax {
   const std::uint8_t* codes;   // [blocks] nested only
   const float* nested_absmax;  // [ceil(blocks / 256)] nested only
   const float* nested_map;     // [256] nested only
-  float offset;                // nested only
+  const float* offset;         // [1] nested only; a pointer, for on a GPU it lies in the GPU's memory
 };
 
 // out[i] = the fp32 absmax of block begin + i, for i in [0, count).
@@ -63,5 +63,10 @@ void nf4_dequantize_cpu(const std::uint8_t* packed,  // [packed_bytes(n)]
                         QuantType type,              //
                         DType out_dtype,             //
                         void* out);                  // [n] of out_dtype
+
+// Enqueues the same on the current CUDA device; every pointer, those of `absmax` included, in its memory.
+void nf4_dequantize_cuda(const std::uint8_t* packed, const Nf4Absmax& absmax, std::int64_t n, std::int64_t blocksize,
+                         QuantType type, DType out_dtype, void* out,
+                         void* stream);  // cudaStream_t
 
 }  // namespace pyfastpeft

@@ -63,25 +63,66 @@ std::int64_t quantize_absmax(Address absmax, std::int64_t blocks, float offset, 
   return nf4_quantize_absmax_cpu(a, blocks, offset, map, c, nested);
 }
 
+// What Python hands over of a quantised weight and of the tensor it is decoded into.
+struct Dequantize {
+  Address packed;
+  std::int64_t packed_numel;
+  Address absmax;
+  std::int64_t absmax_numel;
+  Address nested_absmax;
+  std::int64_t nested_numel;
+  Address nested_map;
+  std::int64_t map_numel;
+  Address offset;
+  std::int64_t n, blocksize;
+  std::string type;
+  int dtype;
+  Address out;
+  std::int64_t out_numel;
+};
+
+// Checks it, then calls launch(packed, absmax, n, blocksize, type, out_dtype, out).
+template <typename Launch>
+void checked_dequantize(const Dequantize& d, Launch launch) {
+  const char* op = "dequantize_4bit";
+  check(d.n >= 0, op, ": the shape has ", d.n, " values");
+  check_blocksize(d.blocksize, op);
+  const QuantType quant = quant_type(d.type, op);
+  const std::int64_t blocks = block_count(d.n, d.blocksize);
+  check_count(d.packed_numel, packed_bytes(d.n), op, "packed", message("(", d.n, " + 1) / 2 bytes"));
+  check_count(d.out_numel, d.n, op, "out", "those of the shape");
+  const DType out_dtype = dtype_of(d.dtype, op);
+  const Nf4Absmax scales =
+      checked_absmax(d.absmax, d.absmax_numel, d.nested_absmax, d.nested_numel, d.nested_map, d.map_numel, d.offset,
+                     blocks, message("ceil(", d.n, " / blocksize ", d.blocksize, ")"), op);
+  const auto* p = pointer<std::uint8_t>(d.packed, d.packed_numel, op, "packed");
+  void* o = pointer<void>(d.out, d.out_numel, op, "out");
+  const py::gil_scoped_release release;
+  launch(p, scales, d.n, d.blocksize, quant, out_dtype, o);
+}
+
 void dequantize(Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel,
                 Address nested_absmax, std::int64_t nested_numel, Address nested_map, std::int64_t map_numel,
                 Address offset, std::int64_t n, std::int64_t blocksize, const std::string& type, int dtype, Address out,
                 std::int64_t out_numel) {
-  const char* op = "dequantize_4bit";
-  check(n >= 0, op, ": the shape has ", n, " values");
-  check_blocksize(blocksize, op);
-  const QuantType quant = quant_type(type, op);
-  const std::int64_t blocks = block_count(n, blocksize);
-  check_count(packed_numel, packed_bytes(n), op, "packed", message("(", n, " + 1) / 2 bytes"));
-  check_count(out_numel, n, op, "out", "those of the shape");
-  const DType out_dtype = dtype_of(dtype, op);
-  const Nf4Absmax scales = checked_absmax(absmax, absmax_numel, nested_absmax, nested_numel, nested_map, map_numel,
-                                          offset, blocks, message("ceil(", n, " / blocksize ", blocksize, ")"), op);
-  const auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
-  void* o = pointer<void>(out, out_numel, op, "out");
-  const py::gil_scoped_release release;
-  nf4_dequantize_cpu(p, scales, n, blocksize, quant, out_dtype, o);
+  checked_dequantize({packed, packed_numel, absmax, absmax_numel, nested_absmax, nested_numel, nested_map, map_numel,
+                      offset, n, blocksize, type, dtype, out, out_numel},
+                     nf4_dequantize_cpu);
 }
+
+#if defined(PYFASTPEFT_WITH_CUDA)
+void dequantize_cuda(Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel,
+                     Address nested_absmax, std::int64_t nested_numel, Address nested_map, std::int64_t map_numel,
+                     Address offset, std::int64_t n, std::int64_t blocksize, const std::string& type, int dtype,
+                     Address out, std::int64_t out_numel, int device, Address stream) {
+  checked_dequantize({packed, packed_numel, absmax, absmax_numel, nested_absmax, nested_numel, nested_map, map_numel,
+                      offset, n, blocksize, type, dtype, out, out_numel},
+                     [&](auto... args) {
+                       const DeviceGuard guard(device, "dequantize_4bit");
+                       nf4_dequantize_cuda(args..., reinterpret_cast<void*>(stream));
+                     });
+}
+#endif
 
 }  // namespace
 
@@ -107,6 +148,12 @@ void register_nf4(py::module_& m) {
         py::arg("absmax_numel"), py::arg("nested_absmax"), py::arg("nested_numel"), py::arg("nested_map"),
         py::arg("map_numel"), py::arg("offset"), py::arg("n"), py::arg("blocksize"), py::arg("quant_type"),
         py::arg("dtype"), py::arg("out"), py::arg("out_numel"));
+#if defined(PYFASTPEFT_WITH_CUDA)
+  m.def("nf4_dequantize_cuda", &dequantize_cuda, py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"),
+        py::arg("absmax_numel"), py::arg("nested_absmax"), py::arg("nested_numel"), py::arg("nested_map"),
+        py::arg("map_numel"), py::arg("offset"), py::arg("n"), py::arg("blocksize"), py::arg("quant_type"),
+        py::arg("dtype"), py::arg("out"), py::arg("out_numel"), py::arg("device"), py::arg("stream"));
+#endif
 }
 
 }  // namespace pyfastpeft

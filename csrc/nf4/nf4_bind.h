@@ -44,7 +44,7 @@ inline Nf4Absmax checked_absmax(Address absmax, std::int64_t absmax_numel, Addre
     scales.codes = pointer<std::uint8_t>(absmax, absmax_numel, op, "absmax");
     scales.nested_absmax = pointer<float>(nested_absmax, nested_numel, op, "nested_absmax");
     scales.nested_map = pointer<float>(nested_map, map_numel, op, "nested_map");
-    scales.offset = *pointer<float>(offset, 1, op, "offset");
+    scales.offset = pointer<float>(offset, 1, op, "offset");
   } else {
     scales.plain = pointer<float>(absmax, absmax_numel, op, "absmax");
   }

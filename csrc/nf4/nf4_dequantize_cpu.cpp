@@ -58,7 +58,7 @@ void nf4_decode_absmax(const Nf4Absmax& absmax, std::int64_t begin, std::int64_t
   while (begin < end) {  // up to the next nested block at a time: its scale is one number
     const std::int64_t stop = std::min(end, (begin / kNestedBlocksize + 1) * kNestedBlocksize);
     const float scale = absmax.nested_absmax[begin / kNestedBlocksize];
-    for (; begin < stop; ++begin) *out++ = absmax.nested_map[absmax.codes[begin]] * scale + absmax.offset;
+    for (; begin < stop; ++begin) *out++ = absmax.nested_map[absmax.codes[begin]] * scale + *absmax.offset;
   }
 }
 

@@ -152,27 +152,57 @@ def check_flat(packed, absmax, nested_absmax, nested_map, offset, op: str = "deq
 
 
 def _dequantize_into(
-    out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
+    launch, where, out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
 ) -> None:
+    """out = the weight, by `launch`: the CPU's binding, or the GPU's with `where` = (device, stream)."""
     check_flat(packed, absmax, nested_absmax, nested_map, offset)
     # named, so that a copy made by .contiguous() outlives the call
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if offset is not None:
         nested_absmax, nested_map = nested_absmax.contiguous(), nested_map.contiguous()
-    _C.nf4_dequantize_cpu(
+    launch(
         packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), _ptr(nested_absmax), _numel(nested_absmax),
         _ptr(nested_map), _numel(nested_map), _ptr(offset), math.prod(shape), blocksize, quant_type,
-        dtype_code(dtype, "dequantize_4bit", "the output"), out.data_ptr(), out.numel(),
+        dtype_code(dtype, "dequantize_4bit", "the output"), out.data_ptr(), out.numel(), *where,
     )  # fmt: skip
 
 
-def _dequantize_cpu(
-    packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
-) -> torch.Tensor:
-    dtype_code(dtype, "dequantize_4bit", "the output")
-    out = torch.empty(shape, dtype=dtype)
-    _dequantize_into(out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
-    return out
+def _cpu_launch(packed):
+    return _C.nf4_dequantize_cpu, ()
+
+
+def _cuda_launch(packed):
+    module, device, stream = target(packed, "dequantize_4bit")
+    return module.nf4_dequantize_cuda, (device, stream)
+
+
+def _dequantize(launch_for):
+    """dequantize_4bit's implementation for one kind of device."""
+
+    def run(packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype) -> torch.Tensor:
+        dtype_code(dtype, "dequantize_4bit", "the output")
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
+        _dequantize_into(*launch_for(packed), out, *flat, shape, dtype)
+        return out
+
+    return run
+
+
+def _dequantize_out(launch_for):
+    """dequantize_4bit.out's implementation for one kind of device."""
+
+    def run(packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, *, out):
+        _check_out(out, packed, shape, dtype)
+        args = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
+        if out.is_contiguous():
+            _dequantize_into(*launch_for(packed), out, *args)
+            torch.autograd.graph.increment_version(out)
+        else:
+            out.copy_(_dequantize(launch_for)(*args))
+        return out
+
+    return run
 
 
 def _dequantize_fake(packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype):
@@ -194,19 +224,6 @@ def _check_out(out: torch.Tensor, packed: torch.Tensor, shape, dtype: torch.dtyp
         )
 
 
-def _dequantize_out_cpu(
-    packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, *, out
-) -> torch.Tensor:
-    _check_out(out, packed, shape, dtype)
-    args = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
-    if out.is_contiguous():
-        _dequantize_into(out, *args)
-        torch.autograd.graph.increment_version(out)
-    else:
-        out.copy_(_dequantize_cpu(*args))
-    return out
-
-
 def _dequantize_out_fake(
     packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, *, out
 ) -> torch.Tensor:
@@ -226,22 +243,28 @@ _quantize_absmax = register_op(
     cpu=_quantize_absmax_cpu,
     fake=_quantize_absmax_fake,
 )
-_dequantize = register_op(f"dequantize_4bit({flat_schema}) -> Tensor", cpu=_dequantize_cpu, fake=_dequantize_fake)
-_dequantize_out = register_op(
+_dequantize_op = register_op(
+    f"dequantize_4bit({flat_schema}) -> Tensor",
+    cpu=_dequantize(_cpu_launch),
+    cuda=_dequantize(_cuda_launch),
+    fake=_dequantize_fake,
+)
+_dequantize_out_op = register_op(
     f"dequantize_4bit.out({flat_schema}, *, Tensor(a!) out) -> Tensor(a!)",
-    cpu=_dequantize_out_cpu,
+    cpu=_dequantize_out(_cpu_launch),
+    cuda=_dequantize_out(_cuda_launch),
     fake=_dequantize_out_fake,
 )
 for _name in ("quantize_4bit", "quantize_absmax", "dequantize_4bit", "dequantize_4bit.out"):
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # no gradient, by decision and not by accident
 
 
-@_dequantize_out.py_functionalize_impl
+@_dequantize_out_op.py_functionalize_impl
 def _dequantize_out_functional(ctx, *args, out: torch.Tensor) -> torch.Tensor:
     """torch.compile rewrites writes as values, and for an op that returns its argument it has to be told how."""
     _check_out(out, args[0], *args[7:])
     with ctx.redispatch_to_next():
-        value = _dequantize(*ctx.unwrap_tensors(args))
+        value = _dequantize_op(*ctx.unwrap_tensors(args))
     ctx.replace(out, value)
     ctx.commit_update(out)
     ctx.sync(out)
@@ -289,5 +312,5 @@ def dequantize_4bit(
         dtype = q.dtype if out is None else out.dtype
     args = (*q.flat()[:-1], dtype)
     if out is None:
-        return _dequantize(*args)
-    return _dequantize_out(*args, out=out)
+        return _dequantize_op(*args)
+    return _dequantize_out_op(*args, out=out)

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/dtype.h"
@@ -19,6 +20,15 @@ T* pointer(Address address, std::int64_t numel, const char* op, const char* name
   check(address != 0 || numel == 0, op, ": ", name, " has no memory (a fake or meta tensor?), expected ", numel,
         " values; call through torch.ops.pyfastpeft, which has an implementation for such tensors");
   return reinterpret_cast<T*>(address);
+}
+
+// The same for a dtype known at run time; V is void, or const void where the kernel only reads.
+template <typename V>
+V* pointer(Address address, std::int64_t numel, DType dtype, const char* op, const char* name) {
+  using Wide = std::conditional_t<std::is_const_v<V>, const float, float>;
+  using Half = std::conditional_t<std::is_const_v<V>, const std::uint16_t, std::uint16_t>;
+  if (dtype == DType::f32) return pointer<Wide>(address, numel, op, name);
+  return pointer<Half>(address, numel, op, name);
 }
 
 void register_adamw(py::module_& m);

@@ -25,3 +25,8 @@ def target(tensor: torch.Tensor, op: str) -> Target:
     """
     module = require_cuda(op)
     return Target(module, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def capability(tensor: torch.Tensor) -> tuple[int, int]:
+    """The compute capability of the GPU that `tensor` is on; (9, 0) where the host executor stands in for one."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)

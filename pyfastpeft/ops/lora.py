@@ -11,26 +11,27 @@ and for the incoming dy [M, N], where mask is the same dropout (0 or 1/(1-p)), r
     dx  = dy·W + s·(dS·A) ⊙ mask        [M, K]
     dW  = dyᵀ·x,  db = Σ_m dy                      only where they require grad
 
-The base products are torch's own matmul; the low-rank path is added to their results in place, in fp32, and nothing of
-the size of x or y is allocated or saved for it: what the backward keeps is x itself and the parameters.
+The base products are torch's own matmul; the low-rank path is added to their results in place (on CUDA they are added to
+it), and nothing of the size of x or y is allocated or saved for it: what the backward keeps is x itself and the
+parameters.
 """
 
 from __future__ import annotations
 
 import torch
 
+from pyfastpeft.ops import _linear_cuda
 from pyfastpeft.ops._library import dtype_code, register_op, register_vmap, vmap_by_loop
 from pyfastpeft.ops._linear import (
     LORA_SCHEMA,
-    add_lora_,
     as_rows,
     autocasts,
     check_grad,
     check_operands,
     check_x,
     draw_seed,
-    lora_backward_,
 )
+from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_
 
 
 def _check(op, x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
@@ -54,6 +55,14 @@ def _forward_cpu(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def _forward_cuda(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+    _check("linear_lora", x, weight, bias, lora_a, lora_b, dropout_p, seed)
+    check_x("linear_lora", x, *weight.shape)
+    rows = as_rows(x)
+    y = _linear_cuda.lora_forward(rows, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    return y.addmm_(rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+
 def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     _check("linear_lora", x, weight, bias, lora_a, lora_b, dropout_p, seed)
     check_x("linear_lora", x, *weight.shape)
@@ -66,13 +75,13 @@ def _check_backward(grad_output, x, weight, lora_a, lora_b, dropout_p, seed, out
     check_grad(op, grad_output, x, *weight.shape, output_mask[1] or output_mask[3] or output_mask[4])
 
 
-def _backward_cpu(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+def _backward_with(low_rank, grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+    """low_rank(grad, rows, need_x, need_a, need_b) gives grad_x whole, and the gradients of A and B."""
     _check_backward(grad_output, x, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
     rows = as_rows(x) if need_w or need_a or need_b else None
-    grad_x = torch.mm(grad, weight) if need_x else None
-    grad_a, grad_b = lora_backward_(grad_x, grad, rows, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b)
+    grad_x, grad_a, grad_b = low_rank(grad, rows, need_x, need_a, need_b)
     return (
         grad_x.view(*grad_output.shape[:-1], weight.shape[1]) if need_x else empty(0),
         torch.mm(grad.t(), rows) if need_w else empty(0),
@@ -80,6 +89,22 @@ def _backward_cpu(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, se
         grad_a if need_a else lora_a.new_empty(0),
         grad_b if need_b else lora_b.new_empty(0),
     )
+
+
+def _backward_cpu(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+    def low_rank(grad, rows, need_x, need_a, need_b):
+        grad_x = torch.mm(grad, weight) if need_x else None
+        return grad_x, *lora_backward_(grad_x, grad, rows, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b)
+
+    return _backward_with(low_rank, grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask)
+
+
+def _backward_cuda(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+    def low_rank(grad, rows, *needs):
+        grad_x, *grads = _linear_cuda.lora_backward(grad, rows, lora_a, lora_b, scaling, dropout_p, seed, *needs)
+        return None if grad_x is None else grad_x.addmm_(grad, weight), *grads
+
+    return _backward_with(low_rank, grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask)
 
 
 def _backward_fake(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
@@ -123,12 +148,14 @@ _backward_op = register_op(
     "bool[5] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, "
     "Tensor grad_lora_b)",
     cpu=_backward_cpu,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     no_gradient="second derivatives of linear_lora are not implemented; detach what should not be differentiated twice",
 )
 _op = register_op(
     f"linear_lora(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, {LORA_SCHEMA}) -> Tensor",
     cpu=_forward_cpu,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_backward,

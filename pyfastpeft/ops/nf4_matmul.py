@@ -19,15 +19,14 @@ from pyfastpeft._native import _C
 from pyfastpeft.ops._library import dtype_code, register_op, register_vmap, vmap_by_loop
 from pyfastpeft.ops._linear import (
     LORA_SCHEMA,
-    add_lora_,
     as_rows,
     autocasts,
     check_grad,
     check_operands,
     check_x,
     draw_seed,
-    lora_backward_,
 )
+from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_
 from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 

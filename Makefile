@@ -41,8 +41,8 @@ test: build ## the test suite; ARGS="tests/ops -k nf4" for a part of it
 demo: build ## fine-tune a small language model on this machine, offline, in about 3 minutes
 	$(BIN)/pyfastpeft finetune --demo $(ARGS)
 
-bench: build ## the benchmarks (bench/README.md)
-	@for file in bench/bench_*.py; do echo "$$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+bench: build ## measure this machine beside the installed peers; ARGS=--quick for two minutes (bench/README.md)
+	$(BIN)/pyfastpeft bench $(ARGS)
 
 fmt: $(VENV)/.tools ## format C++, CUDA and Python
 	$(BIN)/clang-format -i $(CPP)

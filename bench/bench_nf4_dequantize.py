@@ -1,9 +1,8 @@
-"""4-bit dequantisation to bf16, plain and nested, into a given and into a new tensor, against bitsandbytes."""
+"""4-bit dequantisation to bf16, plain and nested, into a given and into a new tensor, beside bitsandbytes."""
 
 import ctypes
 
 import torch
-from _harness import Bench
 
 import pyfastpeft as pf
 
@@ -12,67 +11,69 @@ BLOCKSIZE = 64
 SHAPES = [(4096, 4096), (4096, 14336)]
 
 
-def main() -> None:
-    bench = Bench("nf4_dequantize", __doc__)
-    import bitsandbytes.functional as peer
-    from bitsandbytes.cextension import lib
-
-    for N, K in SHAPES:
+def run(suite) -> None:
+    bnb = suite.peer("bitsandbytes")
+    for N, K in suite.pick(SHAPES, SHAPES[:1]):
         weight = (torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-        out, their_out = torch.empty_like(weight), torch.empty_like(weight)
+        out = torch.empty_like(weight)
         plain = pf.ops.quantize_4bit(weight, BLOCKSIZE)
         nested = pf.ops.quantize_4bit(weight, BLOCKSIZE, double_quant=True)
-        states = {}
-        for q in (plain, nested):
-            state = {key.removeprefix("weight."): t for key, t in q.state_dict().items() if key != "weight"}
-            states[q.is_nested] = peer.QuantState.from_dict(state, device=torch.device("cpu"))
 
-        def their_kernel(q=plain, out=their_out, N=N, K=K):
-            lib.cdequantize_blockwise_cpu_nf4_bf16(
-                peer.get_ptr(q.packed), peer.get_ptr(q.absmax), peer.get_ptr(out),
-                ctypes.c_longlong(BLOCKSIZE), ctypes.c_longlong(N), ctypes.c_longlong(K),
-            )  # fmt: skip
+        candidates = {"ours": lambda q=plain, out=out: pf.ops.dequantize_4bit(q, out=out)}
+        check = None
+        if bnb is not None:
+            their_out = torch.empty_like(weight)
+            candidates["bitsandbytes kernel"] = _their_kernel(bnb, plain, their_out)
 
-        def check_kernel(q=plain, out=out, their_out=their_out, their_kernel=their_kernel):
-            their_kernel()
-            assert torch.equal(pf.ops.dequantize_4bit(q, out=out), their_out), "the values differ from bitsandbytes'"
+            def check(q=plain, out=out, kernel=candidates["bitsandbytes kernel"], their_out=their_out):
+                kernel()
+                assert torch.equal(pf.ops.dequantize_4bit(q, out=out), their_out), "values differ from bitsandbytes'"
 
-        def moved(q, weight=weight):
-            return q.nbytes + weight.nbytes
-
-        bench.compare(
-            f"{N}x{K} into a given tensor",
-            {"ours": lambda q=plain, out=out: pf.ops.dequantize_4bit(q, out=out), "bitsandbytes kernel": their_kernel},
-            moved_bytes=moved(plain),
-            check=check_kernel,
+        suite.compare(
+            f"{N}x{K} into a given tensor", candidates, check=check, moved_bytes=plain.nbytes + out.nbytes, N=N, K=K
         )
-        bench.compare(
+        suite.compare(
             f"{N}x{K} nested into a given tensor",
             {
                 "ours": lambda q=nested, out=out: pf.ops.dequantize_4bit(q, out=out),
                 "ours plain": lambda q=plain, out=out: pf.ops.dequantize_4bit(q, out=out),
             },
-            moved_bytes=moved(nested),
+            moved_bytes=nested.nbytes + out.nbytes,
+            N=N,
+            K=K,
         )
         for q in (plain, nested):
+            theirs = None if bnb is None else _their_dequantize(bnb, q)
 
-            def ours(q=q):
-                return pf.ops.dequantize_4bit(q)
+            def check_new(q=q, theirs=theirs):
+                if theirs is not None:
+                    assert torch.equal(pf.ops.dequantize_4bit(q), theirs()), "values differ from bitsandbytes'"
 
-            def theirs(q=q, state=states[q.is_nested]):
-                return peer.dequantize_4bit(q.packed, state)
-
-            def check(ours=ours, theirs=theirs):
-                assert torch.equal(ours(), theirs()), "the values differ from bitsandbytes'"
-
-            bench.compare(
+            suite.compare(
                 f"{N}x{K} {'nested ' if q.is_nested else ''}into a new tensor",
-                {"ours": ours, "bitsandbytes": theirs},
-                moved_bytes=moved(q),
-                check=check,
+                {"ours": lambda q=q: pf.ops.dequantize_4bit(q), "bitsandbytes": theirs},
+                moved_bytes=q.nbytes + out.nbytes,
+                check=check_new,
+                N=N,
+                K=K,
             )
-    bench.finish()
 
 
-if __name__ == "__main__":
-    main()
+def _their_kernel(bnb, q, out):
+    """bitsandbytes' compiled kernel alone, without its Python and its allocation."""
+    lib, get_ptr = bnb.cextension.lib, bnb.functional.get_ptr
+    N, K = q.shape
+
+    def call():
+        lib.cdequantize_blockwise_cpu_nf4_bf16(
+            get_ptr(q.packed), get_ptr(q.absmax), get_ptr(out),
+            ctypes.c_longlong(BLOCKSIZE), ctypes.c_longlong(N), ctypes.c_longlong(K),
+        )  # fmt: skip
+
+    return call
+
+
+def _their_dequantize(bnb, q):
+    stats = {key.removeprefix("weight."): t for key, t in q.state_dict().items() if key != "weight"}
+    state = bnb.functional.QuantState.from_dict(stats, device=torch.device("cpu"))
+    return lambda: bnb.functional.dequantize_4bit(q.packed, state)

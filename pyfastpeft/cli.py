@@ -1,4 +1,4 @@
-"""The command line: `pyfastpeft finetune | generate | merge | doctor`. Thin: options in, one library call, words out.
+"""The command line: `pyfastpeft finetune | generate | merge | bench | doctor`. Thin: options in, one library call, words out.
 
 Only typer and rich are imported here; everything heavy is imported inside the commands, so `--help` is quick.
 """
@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -327,6 +328,38 @@ def merge(
             _say(f"note: {note}")
         kind = str(result.dtype).removeprefix("torch.")
         _say(f"merged {result.layers} layers; {result.parameters:,} parameters in {kind}: {result.output}")
+
+
+@app.command()
+def bench(
+    sections: Annotated[list[str] | None, typer.Argument(help="Sections to run; all of them if none is named.")] = None,
+    quick: Annotated[bool, _option("Fewer shapes and rounds: about two minutes.")] = False,
+    rounds: Annotated[int, _option("Samples of each candidate.")] = 21,
+    threads: Annotated[int | None, _option("Threads; torch's number if not given.")] = None,
+    json_file: Annotated[Path | None, _option("Write the results here as JSON.", None, "--json")] = None,
+    csv_file: Annotated[Path | None, _option("Write the results here as CSV.", None, "--csv")] = None,
+    plots: Annotated[Path | None, _option("Draw ratios.png and roofline.png into this folder.")] = None,
+    compare: Annotated[
+        Path | None, _option("An older run's JSON: say what became slower; exit 1 if anything did.")
+    ] = None,
+    list_sections: Annotated[bool, _option("Name the sections and exit.", None, "--list")] = False,
+) -> None:
+    """Measures this machine: every kernel and layer beside the installed peers, with its share of the machine's limits."""
+    with _errors_in_words():
+        from pyfastpeft import _bench
+
+        _bench.load()
+        from pyfastpeft.bench import command
+
+        if list_sections:
+            _write(command.section_list())
+            return
+        code = command.run(
+            sections or [], quick=quick, rounds=rounds, threads=threads, json_file=json_file, csv_file=csv_file,
+            plots=plots, compare=compare,
+        )  # fmt: skip
+        if code:
+            raise typer.Exit(code)
 
 
 @app.command()

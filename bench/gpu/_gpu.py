@@ -18,15 +18,15 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pyfastpeft import _bench
 
-from _harness import ROOT, environment  # noqa: E402
+_bench.load()
+from pyfastpeft.bench.measure import environment  # noqa: E402
 
 MIN_SAMPLE_SECONDS = 2e-3
 
@@ -204,4 +204,4 @@ def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
     return float((got.double() - truth.double()).norm() / truth.double().norm())
 
 
-__all__ = ["ROOT", "GpuBench", "peer", "relative_error", "rotations"]
+__all__ = ["GpuBench", "peer", "relative_error", "rotations"]

@@ -1,0 +1,1 @@
+"""The benchmark suite behind `pyfastpeft bench`; README.md in this folder says how to read it."""

@@ -1,0 +1,64 @@
+"""Peak resident memory of a training step, above what the process held before the model was built.
+
+Each candidate in a process of its own: the kernel's high-water mark (VmHWM), reset just before the step's model is made.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyfastpeft
+
+from .models import BATCH, LAYERS, MODELS, TOKENS
+
+
+def run(suite) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        print("  left out: this system has no /proc/self/clear_refs to reset the high-water mark with")
+        return
+    layers = 2 if suite.quick else LAYERS
+    absent = set(suite.document["absent_peers"])
+    values: dict[str, float | None] = {}
+    for name, (_, needs) in MODELS.items():
+        if suite.quick and name == "full fine-tuning":
+            continue
+        values[name] = None if absent.intersection(needs) else peak_of(name, layers)
+    suite.value(f"peak above the start, {layers} layers, {BATCH}x{TOKENS} tokens", values, "MB", layers=layers)
+
+
+def peak_of(name: str, layers: int) -> float:
+    """Megabytes, measured in a fresh process."""
+    code = (
+        "from pyfastpeft import _bench; _bench.load(); from pyfastpeft.bench import bench_memory; "
+        f"bench_memory.child({name!r}, {layers})"
+    )
+    package = str(Path(pyfastpeft.__file__).resolve().parent.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"the process that measures {name!r} failed ({result.returncode}):\n{result.stderr[-2000:]}")
+    return float(result.stdout.split()[-1])
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def child(name: str, layers: int) -> None:
+    from .models import MODELS, collect, training_step
+
+    training_step(MODELS[name][0](1), tokens=16)()  # imports, thread pools and code paths, before the mark is set
+    collect()
+    before = _status("VmRSS")
+    step = training_step(MODELS[name][0](layers))
+    collect()
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the high-water mark starts again: building the model is not the step
+    for _ in range(3):
+        step()
+    print((_status("VmHWM") - before) / 1e6)

@@ -8,17 +8,31 @@
 
 #include "common/check.h"
 #include "common/dtype.h"
+#if defined(PYFASTPEFT_EMULATED)
+#include "emu/registry.h"
+#endif
 
 namespace pyfastpeft {
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
 
+// Tells the host executor (tests/emu) that kernels may touch this memory during the binding's call: nothing elsewhere.
+// pointer() calls it; for addresses that reach a kernel on another way, such as a table of them, the binding does.
+inline void register_range([[maybe_unused]] Address address, [[maybe_unused]] std::int64_t bytes,
+                           [[maybe_unused]] const char* name, [[maybe_unused]] bool read_only) {
+#if defined(PYFASTPEFT_EMULATED)
+  emu::register_range(address, bytes, name, read_only);
+#endif
+}
+
 // A tensor's memory. Refuses null where there are values: the data_ptr() of a fake or meta tensor is 0.
+// A const T says that no kernel writes it. A kernel may touch nothing of a pointer<void> without a dtype.
 template <typename T>
 T* pointer(Address address, std::int64_t numel, const char* op, const char* name) {
   check(address != 0 || numel == 0, op, ": ", name, " has no memory (a fake or meta tensor?), expected ", numel,
         " values; call through torch.ops.pyfastpeft, which has an implementation for such tensors");
+  if constexpr (!std::is_void_v<T>) register_range(address, numel * std::int64_t(sizeof(T)), name, std::is_const_v<T>);
   return reinterpret_cast<T*>(address);
 }
 

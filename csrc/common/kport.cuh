@@ -10,6 +10,10 @@
 //   - tables are __constant__ without const; launchers take raw pointers and a stream
 #pragma once
 
+#if defined(PYFASTPEFT_EMULATED)
+#include "emu/kport_emu.h"  // tests/emu: the same names for g++, run thread by thread and checked
+#else
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -137,3 +141,4 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t 
 
 }  // namespace kp
 }  // namespace pyfastpeft
+#endif  // PYFASTPEFT_EMULATED

@@ -22,7 +22,7 @@ auto checked_quantize(Address weight, int dtype, std::int64_t n, std::int64_t bl
   check_count(absmax_numel, block_count(n, blocksize), op, "absmax",
               message("ceil(", n, " / blocksize ", blocksize, ")"));
   const DType weight_dtype = dtype_of(dtype, op);
-  const void* w = pointer<void>(weight, n, op, "weight");
+  const void* w = pointer<const void>(weight, n, weight_dtype, op, "weight");
   auto* p = pointer<std::uint8_t>(packed, packed_numel, op, "packed");
   auto* a = pointer<float>(absmax, absmax_numel, op, "absmax");
   const py::gil_scoped_release release;
@@ -96,7 +96,7 @@ void checked_dequantize(const Dequantize& d, Launch launch) {
       checked_absmax(d.absmax, d.absmax_numel, d.nested_absmax, d.nested_numel, d.nested_map, d.map_numel, d.offset,
                      blocks, message("ceil(", d.n, " / blocksize ", d.blocksize, ")"), op);
   const auto* p = pointer<std::uint8_t>(d.packed, d.packed_numel, op, "packed");
-  void* o = pointer<void>(d.out, d.out_numel, op, "out");
+  void* o = pointer<void>(d.out, d.out_numel, out_dtype, op, "out");
   const py::gil_scoped_release release;
   launch(p, scales, d.n, d.blocksize, quant, out_dtype, o);
 }

@@ -16,6 +16,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 
 LIBRARY = torch.library.Library("pyfastpeft", "DEF")
 
+# By op name, where there is one: tests run these without a GPU, on the host executor of tests/emu.
+CUDA_IMPLEMENTATIONS: dict[str, Callable] = {}
+
 # csrc/common/dtype.h: enum DType
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -55,6 +58,7 @@ def register_op(
     LIBRARY.impl(name, cpu, "CPU")
     if cuda is not None:
         LIBRARY.impl(name, cuda, "CUDA")
+        CUDA_IMPLEMENTATIONS[name] = cuda
     torch.library.register_fake(f"pyfastpeft::{name}", fake, lib=LIBRARY)
     if no_gradient is not None:
         setup_context, backward = _refuse(name, no_gradient)

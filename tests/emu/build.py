@@ -116,6 +116,9 @@ def compile_object(source: Path, flags: tuple[str, ...]) -> tuple[Path, str]:
     done = subprocess.run([*command, "-MMD", "-MF", str(depfile), "-o", str(target)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source} does not compile for the host executor:\n{done.stderr[-20000:]}")
+    if flags is KERNEL:  # a library function's accesses are checked too
+        redirect = (f"--redefine-sym={name}=emu_{name}" for name in ("memcpy", "memmove", "memset"))
+        subprocess.run(["objcopy", *redirect, str(target)], check=True)
     text = depfile.read_text(encoding="utf-8").split(":", 1)[1].replace("\\\n", " ")
     dependencies = sorted(set(text.split()))
     key = _key(command, dependencies)

@@ -22,9 +22,12 @@
 #undef __shared__
 #define __shared__ use_KSHARED_or_kdyn_smem_instead_of_a_bare_shared  // does not compile, by design
 #undef __constant__
-#define __constant__ __attribute__((section("emu_constant")))
+#define __constant__ __attribute__((section("emu_constant"), aligned(64)))
 #undef __launch_bounds__
-#define __launch_bounds__(...)
+// That many NOPs before the kernel's first instruction: launch_bound() counts them. sizeof, because the attribute takes
+// only what g++ has already reduced to a number.
+#define __launch_bounds__(threads, ...) \
+  __attribute__((patchable_function_entry(sizeof(char[(threads)]), sizeof(char[(threads)]))))
 #undef assert
 #define assert(condition) ((condition) ? (void)0 : ::emu::fail("ASSERT failed: %s", #condition))
 

@@ -6,7 +6,8 @@
 //   memory.cpp       which memory a kernel may touch: registered buffers, shared memory
 //   shadow.cpp       who touched a byte last: races, uninitialised reads
 //   hooks.cpp        what the compiler calls for each load and store
-//   report.cpp       what was found, and where in the code
+//   report.cpp       what was found
+//   module.cpp       names and lines of code, constants, launch bounds
 //   cuda_runtime.cpp the CUDA runtime's functions that launchers call
 #pragma once
 
@@ -41,8 +42,12 @@ using Code = std::uint32_t;
 Code code_of(Site site);
 Code code_of_return(const void* return_address);
 bool in_module(std::uintptr_t address);
+bool beyond_constant(const void* address, std::size_t bytes);  // in __constant__ memory, but not inside of one table
+int launch_bound(const void* entry);                           // what the kernel's __launch_bounds__ say, or 1024
+std::vector<std::string> source_lines(Code code);              // "csrc/x/x.cu:12", innermost first
 std::string describe(Code code);
 std::string kernel_name(const void* entry);
+std::string short_path(const std::string& path);
 
 std::vector<std::pair<std::string, std::uint64_t>> launches();  // how often each kernel was launched
 
@@ -117,7 +122,8 @@ struct Block {
   Launch launch{};
 };
 extern Block block;
-extern bool checks_off;  // inside an atomic or a collective
+extern bool checks_off;   // inside an atomic or a collective
+extern Code last_access;  // where memory was touched last
 
 void make_ready(int index);
 void run_next();              // gives up the processor; returns when the thread is chosen again

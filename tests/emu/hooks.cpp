@@ -1,5 +1,7 @@
 // What the compiler calls. Kernels are compiled with -fsanitize=thread and some of -fsanitize=undefined, but linked
 // without their libraries: the functions below take the place of theirs.
+#include <cstring>
+
 #include "emu/executor.h"
 
 namespace emu {
@@ -10,7 +12,7 @@ inline void access(void* address, std::size_t bytes, bool write, const void* cal
   if (!in_kernel() || checks_off) return;
   const auto at = reinterpret_cast<std::uintptr_t>(address);
   if (on_own_stack(at)) return;
-  const Code code = code_of_return(caller);
+  const Code code = last_access = code_of_return(caller);
   if (aligned && at % bytes != 0)
     fail("MISALIGNED %s of %zu bytes at %s", write ? "write" : "read", bytes, describe(code).c_str());
   check_access(address, bytes, write, Kind::plain, code, *current);
@@ -22,7 +24,7 @@ inline void access(void* address, std::size_t bytes, bool write, const void* cal
 void atomic_begin(const void* address, std::size_t bytes) {
   const auto at = reinterpret_cast<std::uintptr_t>(address);
   if (!on_own_stack(at)) {
-    const Code code = code_of_return(__builtin_return_address(0));
+    const Code code = last_access = code_of_return(__builtin_return_address(0));
     if (at % bytes != 0) fail("MISALIGNED atomic of %zu bytes at %s", bytes, describe(code).c_str());
     check_access(address, bytes, false, Kind::atomic, code, *current);
     check_access(address, bytes, true, Kind::atomic, code, *current);
@@ -66,6 +68,21 @@ EMU_HIDDEN void __tsan_read_range(void* p, std::size_t bytes) {
 }
 EMU_HIDDEN void __tsan_write_range(void* p, std::size_t bytes) {
   emu::access(p, bytes, true, __builtin_return_address(0), false);
+}
+// build.py makes kernels call these instead of the C library's.
+EMU_HIDDEN void* emu_memcpy(void* to, const void* from, std::size_t bytes) {
+  emu::access(const_cast<void*>(from), bytes, false, __builtin_return_address(0), false);
+  emu::access(to, bytes, true, __builtin_return_address(0), false);
+  return std::memcpy(to, from, bytes);
+}
+EMU_HIDDEN void* emu_memmove(void* to, const void* from, std::size_t bytes) {
+  emu::access(const_cast<void*>(from), bytes, false, __builtin_return_address(0), false);
+  emu::access(to, bytes, true, __builtin_return_address(0), false);
+  return std::memmove(to, from, bytes);
+}
+EMU_HIDDEN void* emu_memset(void* to, int value, std::size_t bytes) {
+  emu::access(to, bytes, true, __builtin_return_address(0), false);
+  return std::memset(to, value, bytes);
 }
 EMU_HIDDEN void __tsan_init() {}
 EMU_HIDDEN void __tsan_func_entry(void*) {}

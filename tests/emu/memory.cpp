@@ -113,9 +113,6 @@ void check_written(Buffer& buffer, std::size_t offset, std::size_t bytes, bool w
 
 }  // namespace
 
-extern "C" const char __start_emu_constant[] __attribute__((weak)) EMU_HIDDEN;
-extern "C" const char __stop_emu_constant[] __attribute__((weak)) EMU_HIDDEN;
-
 std::size_t shared_limit(int capability) {
   switch (capability) {
     case 75:
@@ -241,7 +238,10 @@ void check_access(const void* address, std::size_t bytes, bool write, Kind kind,
   const auto arguments = reinterpret_cast<std::uintptr_t>(block.launch.arguments);
   if (!write && at >= arguments && at + bytes <= arguments + block.launch.arguments_bytes) return;
   if (in_module(at)) {
-    if (!write) return;  // a table; arrays with a known size have been checked by the compiler
+    if (beyond_constant(address, bytes))
+      fail("OUT OF BOUNDS %s of %zu bytes beyond a __constant__ table at %s", write ? "write" : "read", bytes,
+           describe(code).c_str());
+    if (!write) return;
     fail("WRITE to __constant__ memory at %s", describe(code).c_str());
   }
   fail("OUT OF BOUNDS %s of %zu bytes at %s: %s", write ? "write" : "read", bytes, describe(code).c_str(),

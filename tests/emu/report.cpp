@@ -1,21 +1,12 @@
 // What was found, each report with the kernel, the block, the thread and the line of code.
-#include <cxxabi.h>
-#include <dlfcn.h>
 
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <set>
 
 #include "emu/executor.h"
 
 EMU_HIDDEN extern uint3 emu_block_index asm("emu_blockIdx");
-
-extern "C" {
-EMU_HIDDEN extern const char __ehdr_start[];
-EMU_HIDDEN extern const char _end[];
-}
 
 namespace emu {
 
@@ -46,38 +37,6 @@ void add(const char* format, va_list arguments) {
   reports += '\n';
 }
 
-std::string short_path(std::string path) {
-  for (const char* folder : {"/csrc/", "/tests/"})
-    if (const auto at = path.rfind(folder); at != std::string::npos) return path.substr(at + 1);
-  return path;
-}
-
-std::vector<std::string> addr2line(const char* options, std::uintptr_t offset) {
-  Dl_info info;
-  if (dladdr(__ehdr_start, &info) == 0) return {};
-  char command[4096];
-  std::snprintf(command, sizeof command, "addr2line %s -e '%s' %#lx 2>/dev/null", options, info.dli_fname,
-                static_cast<unsigned long>(offset));
-  std::vector<std::string> lines;
-  if (FILE* pipe = popen(command, "r")) {
-    char line[4096];
-    while (std::fgets(line, sizeof line, pipe)) lines.push_back(std::string(line, std::strcspn(line, "\n")));
-    pclose(pipe);
-  }
-  return lines;
-}
-
-// The lines an instruction comes from, innermost first, without the executor's own.
-std::vector<std::string> source_lines(std::uintptr_t offset) {
-  std::vector<std::string> lines;
-  for (std::string line : addr2line("-i", offset)) {
-    line = line.substr(0, line.find(' '));  // " (discriminator 2)"
-    if (line.find("_emu.h:") == std::string::npos && line.find("??") == std::string::npos)
-      lines.push_back(short_path(line));
-  }
-  return lines;
-}
-
 }  // namespace
 
 Code code_of(Site site) {
@@ -87,35 +46,15 @@ Code code_of(Site site) {
   return kSite | Code(sites.size() - 1);
 }
 
-Code code_of_return(const void* return_address) {
-  return Code(static_cast<const char*>(return_address) - __ehdr_start);
-}
-
-std::string kernel_name(const void* entry) {
-  const std::vector<std::string> lines = addr2line("-Cf", code_of_return(entry));
-  std::string name = lines.empty() ? "?" : lines.front();
-  for (const char* noise : {"pyfastpeft::", "(anonymous namespace)::", "void "})
-    for (auto at = name.find(noise); at != std::string::npos; at = name.find(noise)) name.erase(at, std::strlen(noise));
-  const auto parameters = name.rfind('(');
-  return parameters == std::string::npos ? name : name.substr(0, parameters);
-}
-
-bool in_module(std::uintptr_t address) {
-  return address >= reinterpret_cast<std::uintptr_t>(__ehdr_start) && address < reinterpret_cast<std::uintptr_t>(_end);
-}
-
 std::string describe(Code code) {
   if (code & kSite) {
     const Site site = sites[code & ~kSite];
     return short_path(site.file) + ":" + std::to_string(site.line);
   }
-  const std::vector<std::string> lines = source_lines(code - 1);
+  const std::vector<std::string> lines = source_lines(code);
   if (lines.empty()) return "an unknown line";
-  // A helper of a header says little alone: the kernel's own line follows.
-  if (lines.front() == lines.back() || lines.front().find(".cu:") != std::string::npos) return lines.front();
-  for (const std::string& line : lines)
-    if (line.find(".cu:") != std::string::npos) return lines.front() + " (called at " + line + ")";
-  return lines.front();
+  if (lines.front() == lines.back()) return lines.front();
+  return lines.front() + " (called at " + lines.back() + ")";  // an inlined helper, and the kernel's own line
 }
 
 void note(const char* format, ...) {

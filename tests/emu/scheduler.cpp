@@ -13,6 +13,7 @@ namespace emu {
 Config config;
 Block block;
 bool checks_off = false;
+Code last_access = 0;
 
 namespace {
 
@@ -90,6 +91,8 @@ void check_configuration(const Launch& l) {
   const std::uint64_t threads = std::uint64_t(l.block.x) * l.block.y * l.block.z;
   if (threads == 0 || threads > kMaxThreads || l.block.x > 1024 || l.block.y > 1024 || l.block.z > 64)
     note("LAUNCH with blocks of (%u, %u, %u) threads; at most 1024, and 64 in z", l.block.x, l.block.y, l.block.z);
+  else if (threads > std::uint64_t(launch_bound(l.entry)))
+    note("LAUNCH with %d threads a block, __launch_bounds__ of the kernel are %d", int(threads), launch_bound(l.entry));
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0 || l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535)
     note("LAUNCH with a grid of (%u, %u, %u) blocks; each at least 1, at most (2147483647, 65535, 65535)", l.grid.x,
          l.grid.y, l.grid.z);
@@ -172,7 +175,8 @@ void run_next() {
 }
 
 void yield() {
-  if (++spins > kSpins) fail("LIVELOCK: threads wait for something that does not happen");
+  if (++spins > kSpins)
+    fail("LIVELOCK: threads wait at %s for something that does not happen", describe(last_access).c_str());
   ready.push_back(current->index);
   run_next();
 }
@@ -218,6 +222,10 @@ void launch(const Launch& l) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   block.launch = l;
+  current = &launcher;
+  const struct End {
+    ~End() { current = nullptr; }
+  } end;
   gave_up = exit_reported = false;
   check_configuration(l);
   begin_launch_memory();
@@ -241,13 +249,11 @@ void launch(const Launch& l) {
       std::swap(order[i], order[random_bits() % (i + 1)]);
     }
   }
-  current = &launcher;
   for (std::uint64_t i = 0; i < blocks && !gave_up; ++i) {
     const std::uint64_t b = order.empty() ? i : order[i];
     emu_block_index = {unsigned(b % l.grid.x), unsigned(b / l.grid.x % l.grid.y), unsigned(b / l.grid.x / l.grid.y)};
     run_block(l);
   }
-  current = nullptr;
   checks_off = false;
   if (gave_up) {  // the threads stand anywhere; their stacks are started afresh
     for (Fiber& fiber : fibers) {

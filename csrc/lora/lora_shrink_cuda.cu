@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
 constexpr int kFmaRows = 32, kFmaRanks = 16, kFmaColumns = 64;
 
 template <typename T, bool kDrop>
-__global__ void __launch_bounds__(kLoraThreads)
+__global__ void __launch_bounds__(kLoraThreads, 3)
     lora_shrink_fma_kernel(const T* __restrict__ x,    // as above, with alpha alone
                            std::int64_t M,             //
                            std::int64_t D,             //

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyfastpeft._native import _C
+from pyfastpeft.ops._cuda import target
 from pyfastpeft.ops._library import LIBRARY, dtype_code, register_op
 
 
@@ -50,6 +51,19 @@ def _scale_cpu(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _scale_cuda(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    _check(x, scale, "ia3_scale")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    matrix, stride = _rows(x)
+    scale = scale.contiguous()
+    module, device, stream = target(x, "ia3_scale")
+    module.ia3_scale_cuda(
+        matrix.data_ptr(), scale.data_ptr(), scale.dtype == torch.float32, out.data_ptr(), *matrix.shape, stride,
+        dtype_code(x.dtype, "ia3_scale", "x"), device, stream,
+    )  # fmt: skip
+    return out
+
+
 def _scale_fake(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     _check(x, scale, "ia3_scale")
     return x.new_empty(x.shape)
@@ -78,6 +92,26 @@ def _backward_cpu(
         *grad_matrix.shape, grad_stride, x_stride, dtype_code(x.dtype, "ia3_scale_backward", "x"),
     )  # fmt: skip
     return grad_x, grad_scale.to(scale.dtype)
+
+
+def _backward_cuda(
+    grad_output: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, output_mask: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_backward(grad_output, x, scale)
+    code = dtype_code(x.dtype, "ia3_scale_backward", "x")
+    grad_matrix, grad_stride = _rows(grad_output)
+    x_matrix, x_stride = _rows(x) if output_mask[1] else (grad_matrix, grad_stride)
+    grad_x = torch.empty(x.shape if output_mask[0] else (0,), dtype=x.dtype, device=x.device)
+    grad_scale = torch.empty(scale.shape if output_mask[1] else (0,), dtype=scale.dtype, device=x.device)
+    scale = scale.contiguous()
+    module, device, stream = target(x, "ia3_scale_backward")
+    count = module.ia3_scale_backward_workspace(*grad_matrix.shape, code) if output_mask[1] else 0
+    workspace = torch.empty(count, dtype=torch.float32, device=x.device)
+    module.ia3_scale_backward_cuda(
+        grad_matrix.data_ptr(), x_matrix.data_ptr(), scale.data_ptr(), scale.dtype == torch.float32, grad_x.data_ptr(),
+        grad_scale.data_ptr(), workspace.data_ptr(), count, *grad_matrix.shape, grad_stride, x_stride, code, device, stream,
+    )  # fmt: skip
+    return grad_x, grad_scale
 
 
 def _backward_fake(
@@ -123,6 +157,7 @@ def _double_backward(ctx, gg_x, gg_scale):
 _op = register_op(
     "ia3_scale(Tensor x, Tensor scale) -> Tensor",
     cpu=_scale_cpu,
+    cuda=_scale_cuda,
     fake=_scale_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -130,6 +165,7 @@ _op = register_op(
 _backward_op = register_op(
     "ia3_scale_backward(Tensor grad_output, Tensor x, Tensor scale, bool[2] output_mask) -> (Tensor, Tensor)",
     cpu=_backward_cpu,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     setup_context=_setup_double_context,
     backward=_double_backward,

@@ -5,13 +5,15 @@
 // 55 µs at 4.3 TB/s; 64 bytes in flight for each of 2,048 threads on an SM, 128 KB, where 23 KB cover the latency:
 // predicted 58 µs.
 //
-// Backward. A block owns 32, 64 or 128 bytes of columns, the widest that still makes 128 blocks, for all rows: the whole
-// column sum is its own, so one launch is enough, without counters that somebody would have to zero first. 512 threads
-// are `lanes` across and 512 / lanes down; each sums its rows in runs of 64, short chains that keep the error down, and
-// a tree in shared memory adds the threads. Whole sectors are read, and neighbouring blocks read the others of a line
-// at about the same time. Moves grad_y, x and grad_x once: the same shape 352 MB, 82 µs, predicted 90 µs; D = 4096:
-// 128 blocks, 32 KB in flight on each SM. A matrix of less than 2 KB a row has too few columns to fill the GPU: its rows
-// are cut into parts, and a second, tiny launch adds their sums.
+// Backward. A block owns the columns of 32 bytes of a row, or of 64, 128 ... where that still makes 66 to 132 blocks, for
+// all rows: the whole column sum is its own, so one launch is enough, without counters that somebody would have to zero
+// first. Its 512 threads are `lanes` across and 512 / lanes down; each sums its rows in runs of 64, short chains that
+// keep the error down, and a tree in shared memory adds the threads. Every sector is read whole, and neighbouring blocks
+// read the others of a line at about the same time. One block of 104 registers a thread on an SM, with 4 rows of both
+// operands in flight: 64 KB, so that half of the SMs are enough to cover the latency.
+// Moves grad_y, x and grad_x once: M = 4096, D = 14336, bf16: 352 MB, 82 µs, predicted 90 µs.
+// Below 2 KB a row there are too few columns to fill the GPU: the rows of a long matrix are cut into parts then, and a
+// second, tiny launch adds their sums.
 //
 // Columns that are no whole 16 bytes, or memory that is not so aligned, take the same kernels with single values.
 #include <algorithm>
@@ -24,19 +26,36 @@
 namespace pyfastpeft {
 namespace {
 
-constexpr int kScaleThreads = 256, kScaleRows = 4;   // rows a thread has in flight
-constexpr int kSumThreads = 512, kSumRows = 2;       //
-constexpr int kRun = 64;                             // rows of one fp32 chain
-constexpr std::int64_t kBlocks = 128, kEnough = 64;  // wanted; enough to go without a second launch
-constexpr std::int64_t kPartRows = 2048;             // at least, of a part
+constexpr int kScaleThreads = 256, kScaleRows = 4;  // rows a thread has in flight
+constexpr int kSumThreads = 512, kSumRows = 4;      //
+constexpr int kRun = 64;                            // rows of one fp32 chain
+constexpr std::int64_t kMostBlocks = 132;           // an H200's SMs: one round of blocks; a constant, so that the bits
+                                                    // of a sum do not depend on the GPU
+constexpr std::int64_t kEnough = 64;                // blocks to go without a second launch
+constexpr std::int64_t kLeastBytes = 32, kMostBytes = 1024;  // of columns, of a block: a sector; 512 single values
+constexpr std::int64_t kPartRows = 2048;                     // at least, of a part
 constexpr std::int64_t kMaxGridY = 65535;
 
 std::int64_t ceil_div(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 
-// kValues neighbours, moved at once.
+// kValues neighbours, moved at once: a single one, or 16 bytes that stay packed in registers until they are used.
 template <typename T, int kValues>
-struct alignas(sizeof(T) * kValues) Piece {
-  T values[kValues];
+struct alignas(16) Piece {
+  std::uint32_t words[4];
+  __device__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+      return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
+    } else {
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)))));
+    }
+  }
+};
+template <typename T>
+struct Piece<T, 1> {
+  T value;
+  __device__ float operator[](int) const { return as_f32(value); }
 };
 
 template <typename T, int kValues>
@@ -47,10 +66,14 @@ __device__ __forceinline__ Piece<T, kValues> load(const T* __restrict__ from) {
 // to[i] = from[i] · scale[i]: one fp32 product, rounded once.
 template <typename T, int kValues>
 __device__ __forceinline__ void store_scaled(const Piece<T, kValues>& from, const float (&scale)[kValues], T* to) {
-  Piece<T, kValues> scaled;
+  if constexpr (kValues == 1) {
+    *to = rounded<T>(__fmul_rn(from[0], scale[0]));
+  } else {
+    Chunk<T> scaled;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) scaled.values[i] = rounded<T>(__fmul_rn(as_f32(from.values[i]), scale[i]));
-  *reinterpret_cast<Piece<T, kValues>*>(to) = scaled;
+    for (int i = 0; i < kValues; ++i) scaled.values[i] = rounded<T>(__fmul_rn(from[i], scale[i]));
+    *reinterpret_cast<Chunk<T>*>(to) = scaled;
+  }
 }
 
 template <typename T, int kValues>
@@ -98,7 +121,7 @@ __global__ void __launch_bounds__(kScaleThreads, 4)
 }
 
 template <typename T, int kValues, bool kGradX>
-__global__ void __launch_bounds__(kSumThreads, 2)
+__global__ void __launch_bounds__(kSumThreads)
     ia3_scale_backward_kernel(const T* __restrict__ grad_y,    // [M, D], rows grad_stride apart
                               const T* __restrict__ x,         // [M, D], rows x_stride apart
                               const void* __restrict__ scale,  // [D]
@@ -131,6 +154,7 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   for (std::int64_t done = 0; done < rows; done += kRun) {
     const int run = rows - done < kRun ? int(rows - done) : kRun;
     float sum[kValues] = {};
+#pragma unroll 1
     for (int r = 0; r < run; r += kSumRows) {
       Piece<T, kValues> grads[kSumRows], values[kSumRows];
 #pragma unroll
@@ -144,8 +168,7 @@ __global__ void __launch_bounds__(kSumThreads, 2)
         if (r + i < run) {
           if (kGradX) store_scaled(grads[i], factors, grad_x + i * grad_x_step);
 #pragma unroll
-          for (int v = 0; v < kValues; ++v)
-            sum[v] = __fmaf_rn(as_f32(grads[i].values[v]), as_f32(values[i].values[v]), sum[v]);
+          for (int v = 0; v < kValues; ++v) sum[v] = __fmaf_rn(grads[i][v], values[i][v], sum[v]);
         }
       grad_y += kSumRows * grad_step;
       x += kSumRows * x_step;
@@ -193,11 +216,11 @@ struct SumPlan {
   std::int64_t blocks, part_rows, parts;
 };
 SumPlan sum_plan(std::int64_t M, std::int64_t D, std::int64_t itemsize) {
-  SumPlan plan{128, 0, M, 1};
-  while (plan.bytes > 32 && ceil_div(D * itemsize, plan.bytes) < kBlocks) plan.bytes /= 2;
+  SumPlan plan{kLeastBytes, 0, M, 1};
+  while (plan.bytes < kMostBytes && ceil_div(D * itemsize, plan.bytes) > kMostBlocks) plan.bytes *= 2;
   plan.blocks = ceil_div(D * itemsize, plan.bytes);
   if (plan.blocks > 0 && plan.blocks < kEnough && M > kPartRows) {
-    const std::int64_t wanted = std::min(ceil_div(kBlocks, plan.blocks), ceil_div(M, kPartRows));
+    const std::int64_t wanted = std::min(ceil_div(kMostBlocks, plan.blocks), ceil_div(M, kPartRows));
     plan.part_rows = ceil_div(M, wanted);
     plan.parts = ceil_div(M, plan.part_rows);
   }

@@ -120,9 +120,9 @@ def _helpers(module: types.ModuleType) -> dict[str, Callable]:
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 0, preempt: int = 0) -> Iterator[types.ModuleType]:
+def emulated(module: types.ModuleType | None = None, seed: int = 0, preempt: int = 0) -> Iterator[types.ModuleType]:
     """Within it, CUDA implementations run on CPU tensors; whatever the executor finds is raised as its Report."""
-    module = build.load()
+    module = module or build.load()
     module.emu_configure(seed, preempt)
     helpers = _helpers(module)
     unknown = [

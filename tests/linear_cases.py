@@ -35,15 +35,16 @@ def inputs(shape, dtype, lora_dtype=torch.float32, kind="randn", bias=True, seed
     ]  # fmt: skip
 
 
-def run(function, tensors, grad, wanted=None):
-    """[y, gradients…] of function(*tensors); None stays None."""
+def run(function, tensors, grad, wanted=None, device="cpu"):
+    """[y, gradients…] of function(*tensors), computed on `device` and brought back; None stays None."""
     tensors = [
-        None if t is None else t.detach().requires_grad_(wanted is None or wanted[i]) for i, t in enumerate(tensors)
+        None if t is None else t.detach().to(device).requires_grad_(wanted is None or wanted[i])
+        for i, t in enumerate(tensors)
     ]
     y = function(*tensors)
     leaves = [t for t in tensors if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype)))
-    return [y.detach(), *(next(grads) if t is not None and t.requires_grad else None for t in tensors)]
+    grads = iter(torch.autograd.grad(y, leaves, grad.to(y)))
+    return [y.detach().cpu(), *(next(grads).cpu() if t is not None and t.requires_grad else None for t in tensors)]
 
 
 def truth(tensors, grad, *options, wanted=None):

@@ -34,7 +34,7 @@ constexpr std::int64_t kMostBlocks = 132;           // an H200's SMs: one round 
 constexpr std::int64_t kEnough = 64;                // blocks to go without a second launch
 constexpr std::int64_t kLeastBytes = 32, kMostBytes = 1024;  // of columns, of a block: a sector; 512 single values
 constexpr std::int64_t kPartRows = 2048;                     // at least, of a part
-constexpr std::int64_t kMaxGridY = 65535;
+constexpr std::int64_t kScaleBlocks = 2112;  // of the forward: four rounds of every SM; they walk over what is left
 
 std::int64_t ceil_div(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 
@@ -233,8 +233,8 @@ void scale_rows(const void* x, const void* scale, bool scale_is_f32, void* y, st
   int lanes = 1;
   while (lanes < kScaleThreads && lanes * kValues < D) lanes *= 2;
   const std::int64_t rows = std::int64_t(kScaleThreads / lanes) * kScaleRows;
-  const dim3 grid(unsigned(ceil_div(D, std::int64_t(lanes) * kValues)),
-                  unsigned(std::min(ceil_div(M, rows), kMaxGridY)));
+  const std::int64_t across = ceil_div(D, std::int64_t(lanes) * kValues);
+  const dim3 grid(unsigned(across), unsigned(std::min(ceil_div(M, rows), ceil_div(kScaleBlocks, across))));
   check_cuda(KLAUNCH((ia3_scale_kernel<T, kValues>), grid, kScaleThreads, 0, stream, static_cast<const T*>(x), scale,
                      scale_is_f32, static_cast<T*>(y), M, D, x_stride, lanes),
              op, "launching ia3_scale_kernel");

@@ -1,4 +1,5 @@
-"""linear_lora: values and gradients against fp64, on every instruction set; dropout; what it allocates and saves."""
+"""linear_lora: values and gradients against fp64, on every instruction set and device; dropout; what it allocates and
+saves. The CUDA kernels alone are in test_lora_products_cuda.py."""
 
 import hypothesis.strategies as st
 import pytest
@@ -14,9 +15,9 @@ from pyfastpeft.reference.philox import philox
 SEED = torch.tensor([0x1234_5678_9ABC])
 
 
-def _check(tensors, grad, dtype, scaling, dropout_p, wanted=None):
+def _check(tensors, grad, dtype, scaling, dropout_p, wanted=None, device="cpu"):
     options = (scaling, dropout_p, SEED)
-    got = run(lambda *t: pf.ops.linear_lora(*t, *options), tensors, grad, wanted)
+    got = run(lambda *t: pf.ops.linear_lora(*t, scaling, dropout_p, SEED.to(device)), tensors, grad, wanted, device)
     assert got[0].dtype == dtype
     for tensor, gradient in zip(tensors, got[1:], strict=True):
         assert gradient is None or gradient.dtype == tensor.dtype
@@ -30,6 +31,32 @@ def test_values_and_gradients(shape, dtype, isa):
     *tensors, grad = inputs(shape, dtype)
     _check(tensors, grad, dtype, 0.5, 0.0)
     _check(tensors, grad, dtype, 2.0, 0.3)
+
+
+# every side with and without a tail of the kernels' tiles; one and two turns of each sum; ranks of one and of two tiles
+DEVICE_SHAPES = [
+    (1, 1, 1, 1),
+    (3, 5, 7, 3),
+    (33, 40, 24, 8),
+    (5, 72, 264, 16),
+    (21, 33, 47, 17),
+    (130, 19, 40, 64),
+    (2, 16, 40, 70),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", DEVICE_SHAPES)
+def test_values_and_gradients_on_devices(shape, dtype, device):
+    *tensors, grad = inputs(shape, dtype)
+    _check(tensors, grad, dtype, 0.5, 0.0, device=device)
+    _check(tensors, grad, dtype, 2.0, 0.3, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_with_a_mean_on_devices(dtype, device):
+    *tensors, grad = inputs((40, 24, 130, 8), dtype, kind="gelu")
+    _check(tensors, grad + 0.5, dtype, 1.0, 0.1, device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,16 +73,16 @@ def test_every_rank(rank, isa):
 
 @pytest.mark.parametrize("lora_dtype", DTYPES)
 @pytest.mark.parametrize("bias_dtype", [None, *DTYPES])
-def test_dtypes_of_bias_and_adapter(lora_dtype, bias_dtype):
+def test_dtypes_of_bias_and_adapter(lora_dtype, bias_dtype, device):
     *tensors, grad = inputs((6, 37, 45, 4), torch.bfloat16, lora_dtype)
     tensors[2] = None if bias_dtype is None else tensors[2].to(bias_dtype)
-    _check(tensors, grad, torch.bfloat16, 1.0, 0.2)
+    _check(tensors, grad, torch.bfloat16, 1.0, 0.2, device=device)
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_one_gradient_at_a_time(index):
+def test_one_gradient_at_a_time(index, device):
     *tensors, grad = inputs((6, 37, 45, 4), torch.float32)
-    _check(tensors, grad, torch.float32, 1.0, 0.2, wanted=[i == index for i in range(5)])
+    _check(tensors, grad, torch.float32, 1.0, 0.2, wanted=[i == index for i in range(5)], device=device)
 
 
 def test_finite_differences():
@@ -128,11 +155,33 @@ def test_dropout_in_every_product(shape, p, isa):
     assert p == 1.0 or M * K < 500 or abs(share - (1 - p)) < 5 * (p * (1 - p) / (M * K)) ** 0.5
 
 
-def test_seed():
-    x, weight, bias, a, b, _ = inputs((16, 8, 64, 4), torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 33), (2, 136), (35, 40)])
+@pytest.mark.parametrize("p", [0.1, 1.0])
+def test_dropout_in_every_product_on_devices(shape, p, dtype, device):
+    """As above: the same bits of the mask on every device, and values scaled in fp32 and rounded once."""
+    M, K = shape
+    x, grad = torch.randn(M, K).to(dtype), torch.randn(M, K).to(dtype)
+    eye, zero = torch.eye(K), torch.zeros(K, K, dtype=dtype)
+    y, grad_x, _, _, grad_a, grad_b = run(
+        lambda *t: pf.ops.linear_lora(*t, 1.0, p, SEED.to(device)), [x, zero, None, eye, eye], grad, device=device
+    )
+    kept = reference.dropout_mask((M, K), p, int(SEED))
+    assert torch.equal(y != 0, kept & (x != 0)) and torch.equal(grad_x != 0, kept & (grad != 0))
+    expected, expected_x = (reference.dropout(t.double(), p, int(SEED)) for t in (x, grad))
+    # as tensor-core operands S, 1/(1-p) times x, is rounded before and y after
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(y, expected.to(dtype), **tolerance)
+    torch.testing.assert_close(grad_x, expected_x.to(dtype), **tolerance)
+    exact, peer = grad.double().t() @ expected, grad.float().t() @ expected.to(dtype).float()
+    assert_as_exact_as_torch([grad_a, grad_b], [peer, peer], [exact, exact], dtype, ("lora_a", "lora_b"))
+
+
+def test_seed(device):
+    x, weight, bias, a, b, _ = (t.to(device) for t in inputs((16, 8, 64, 4), torch.float32))
 
     def op(seed=None):
-        return pf.ops.linear_lora(x, weight, bias, a, b, 1.0, 0.5, seed)
+        return pf.ops.linear_lora(x, weight, bias, a, b, 1.0, 0.5, None if seed is None else seed.to(device))
 
     assert torch.equal(op(torch.tensor([3])), op(torch.tensor([3])))
     assert not torch.equal(op(torch.tensor([3])), op(torch.tensor([4])))
@@ -142,9 +191,10 @@ def test_seed():
     first, second = op(), op()
     torch.manual_seed(5)
     assert torch.equal(first, op()) and not torch.equal(first, second)
-    state = torch.get_rng_state()
+    generator = torch.cuda if device == "cuda" else torch
+    state = generator.get_rng_state()
     pf.ops.linear_lora(x, weight, bias, a, b)  # no dropout: the generator is left alone
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, generator.get_rng_state())
 
 
 # ---- shapes, layouts, threads ----------------------------------------------------------------------------------------
@@ -181,25 +231,31 @@ def test_subnormals_survive_flush_denormal(isa):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (5,), (2, 3, 4, 5), (1, 1, 5)])
-def test_any_number_of_dimensions(shape):
+def test_any_number_of_dimensions(shape, device):
     _, weight, bias, a, b, _ = inputs((1, 3, 5, 2), torch.float32)
     x, grad = torch.randn(shape), torch.randn(*shape[:-1], 3)
     tensors = [x, weight, bias, a, b]
-    got = run(lambda *t: pf.ops.linear_lora(*t, 1.5), tensors, grad)
+    got = run(lambda *t: pf.ops.linear_lora(*t, 1.5), tensors, grad, device=device)
     for ours, true in zip(got, truth(tensors, grad, 1.5), strict=True):
         torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("M, N, K, R", [(4, 0, 5, 2), (4, 3, 0, 2), (4, 3, 5, 0), (0, 0, 0, 0)])
-def test_empty_sides(M, N, K, R):
+@pytest.mark.parametrize("M, N, K, R", [(4, 0, 5, 2), (4, 3, 0, 2), (4, 3, 5, 0), (0, 3, 5, 2), (0, 0, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_sides(M, N, K, R, dtype, device):
     tensors = [torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(R, K), torch.randn(N, R)]
-    grad = torch.randn(M, N)
-    got = run(lambda *t: pf.ops.linear_lora(*t, 1.0, 0.1, SEED), tensors, grad)
+    tensors = [tensors[0].to(dtype), tensors[1].to(dtype), *tensors[2:]]
+    grad = torch.randn(M, N).to(dtype)
+    got = run(lambda *t: pf.ops.linear_lora(*t, 1.0, 0.1, SEED.to(device)), tensors, grad, device=device)
+    if dtype != torch.float32:
+        return assert_as_exact_as_torch(
+            got, torch_at_dtype(tensors, grad, 1.0, 0.1, SEED), truth(tensors, grad, 1.0, 0.1, SEED), dtype
+        )
     for ours, true in zip(got, truth(tensors, grad, 1.0, 0.1, SEED), strict=True):
         torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
 
 
-def test_strided_views():
+def test_strided_views(device):
     big = torch.randn(40, 6, 70)
     a, b, weight = (
         torch.randn(66, 4).t(),
@@ -209,9 +265,51 @@ def test_strided_views():
     for x in (big[:, ::2, :33], big.transpose(0, 1)[..., 1:67:2], big[..., 3, 4:37], big[:1, :, :33].expand(5, 6, 33)):
         tensors = [x, weight, torch.randn(18)[::2], a[:, ::2], b]
         grad = torch.randn(1).expand(*x.shape[:-1], 9)
-        got = run(lambda *t: pf.ops.linear_lora(*t, 0.5, 0.2, SEED), tensors, grad)
+        got = run(lambda *t: pf.ops.linear_lora(*t, 0.5, 0.2, SEED.to(device)), tensors, grad, device=device)
         for ours, true in zip(got, truth(tensors, grad, 0.5, 0.2, SEED), strict=True):
             torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_storage(dtype, device):
+    """Rows of whole vectors that begin between two of them, in x, grad and the adapter."""
+
+    def shifted(*size, dtype=torch.float32):
+        return torch.randn(size[0] * size[1] + 1).to(dtype)[1:].view(size).to(device)
+
+    x, grad = shifted(9, 32, dtype=dtype), shifted(9, 40, dtype=dtype)
+    tensors = [x, shifted(40, 32, dtype=dtype), None, shifted(8, 32), shifted(40, 8)]
+    got = run(lambda *t: pf.ops.linear_lora(*t, 0.5, 0.2, SEED.to(device)), tensors, grad, device=device)
+    tensors, grad = [None if t is None else t.cpu() for t in tensors], grad.cpu()
+    options = (0.5, 0.2, SEED)
+    assert_as_exact_as_torch(got, torch_at_dtype(tensors, grad, *options), truth(tensors, grad, *options), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_in_every_run(dtype, device):
+    *tensors, grad = inputs((37, 24, 300, 9), dtype)
+    first, second = (
+        run(lambda *t: pf.ops.linear_lora(*t, 1.0, 0.3, SEED.to(device)), tensors, grad, device=device)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_with_fp32_adapters(device):
+    """x and W are cast, A and B are not; the gradients of A and B stay in fp32, and are those of the casted x."""
+    *tensors, grad = inputs((9, 24, 40, 4), torch.float32)
+    kind = torch.device(device).type
+
+    def under_autocast(*t):
+        with torch.autocast(kind, torch.bfloat16):
+            return pf.ops.linear_lora(*t, 0.5, 0.2, SEED.to(device))
+
+    got = run(under_autocast, tensors, grad.bfloat16(), device=device)
+    assert [t.dtype for t in got] == [torch.bfloat16] + [torch.float32] * 5
+    cast = [t.bfloat16() for t in tensors[:2]] + tensors[2:]
+    expected = run(lambda *t: pf.ops.linear_lora(*t, 0.5, 0.2, SEED.to(device)), cast, grad.bfloat16(), device=device)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
 
 
 @settings(max_examples=30, deadline=None)
@@ -242,10 +340,10 @@ def test_saves_the_input_and_parameters_alone():
         assert x.data_ptr() not in {t.data_ptr() for t in saved}
 
 
-def test_inputs_are_left_alone():
-    *tensors, grad = inputs((9, 8, 7, 2), torch.bfloat16)
+def test_inputs_are_left_alone(device):
+    *tensors, grad = (t.to(device) for t in inputs((9, 8, 7, 2), torch.bfloat16))
     copies = [t.clone() for t in tensors]
-    run(lambda *t: pf.ops.linear_lora(*t, 1.0, 0.5, SEED), tensors, grad)
+    run(lambda *t: pf.ops.linear_lora(*t, 1.0, 0.5, SEED.to(device)), tensors, grad, device=device)
     assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
 
 
@@ -283,6 +381,19 @@ def test_bad_input(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         pf.ops.linear_lora(**{**good, **change})
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_a", "lora_b", "seed"])
+def test_tensors_on_different_devices(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    good = dict(zip(("x", "weight", "bias", "lora_a", "lora_b"), inputs((2, 3, 5, 2), torch.float32), strict=False))
+    good |= {"dropout_p": 0.5, "seed": SEED}
+    for home, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        moved = {k: v.to(home) if isinstance(v, torch.Tensor) else v for k, v in good.items()}
+        moved[name] = moved[name].to(other)
+        with pytest.raises(ValueError, match=r"is on \S+, x is on \S+ move one|is on \S+, x is on \S+; move one"):
+            pf.ops.linear_lora(**moved)
 
 
 def test_bad_input_of_the_flat_ops():

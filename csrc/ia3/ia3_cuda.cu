@@ -7,7 +7,7 @@
 //
 // Backward. A block owns the columns of 32 bytes of a row, or of 64, 128 ... where that still makes 66 to 132 blocks, for
 // all rows: the whole column sum is its own, so one launch is enough, without counters that somebody would have to zero
-// first. Its 512 threads are `lanes` across and 512 / lanes down; each sums its rows in runs of 64, short chains that
+// first. Its 512 threads are `lanes` across and 512 / lanes down; each sums its rows in runs of 32, short chains that
 // keep the error down, and a tree in shared memory adds the threads. Every sector is read whole, and neighbouring blocks
 // read the others of a line at about the same time. One block of 104 registers a thread on an SM, with 4 rows of both
 // operands in flight: 64 KB, so that half of the SMs are enough to cover the latency.
@@ -28,13 +28,14 @@ namespace {
 
 constexpr int kScaleThreads = 256, kScaleRows = 4;  // rows a thread has in flight
 constexpr int kSumThreads = 512, kSumRows = 4;      //
-constexpr int kRun = 64;                            // rows of one fp32 chain
+constexpr int kRun = 32;                            // rows of one fp32 chain
 constexpr std::int64_t kMostBlocks = 132;           // an H200's SMs: one round of blocks; a constant, so that the bits
                                                     // of a sum do not depend on the GPU
 constexpr std::int64_t kEnough = 64;                // blocks to go without a second launch
 constexpr std::int64_t kLeastBytes = 32, kMostBytes = 1024;  // of columns, of a block: a sector; 512 single values
 constexpr std::int64_t kPartRows = 2048;                     // at least, of a part
-constexpr std::int64_t kScaleBlocks = 2112;  // of the forward: four rounds of every SM; they walk over what is left
+constexpr std::int64_t kScaleBlocks =
+    1056;  // of the forward: two rounds of four on every SM; they walk over what is left
 
 std::int64_t ceil_div(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 

@@ -1,4 +1,4 @@
-"""ia3_scale: forward and gradients against fp64, on every instruction set, as a torch op in every guise."""
+"""ia3_scale: forward and gradients against fp64, on every instruction set and device, as a torch op in every guise."""
 
 import hypothesis.strategies as st
 import pytest
@@ -33,18 +33,16 @@ def _inputs(shape, dtype, scale_dtype=torch.float32, seed=0):
     return x, scale, grad
 
 
-def _run(x, scale, grad):
-    x, scale = x.detach().requires_grad_(), scale.detach().requires_grad_()
+def _run(x, scale, grad, device="cpu"):
+    x, scale = x.detach().to(device).requires_grad_(), scale.detach().to(device).requires_grad_()
     y = pf.ops.ia3_scale(x, scale)
-    y.backward(grad)
-    return y.detach(), x.grad, scale.grad
+    y.backward(grad.to(device))
+    return y.detach().cpu(), x.grad.cpu(), scale.grad.cpu()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients(shape, dtype, isa):
+def _check(shape, dtype, device="cpu"):
     x, scale, grad = _inputs(shape, dtype)
-    y, grad_x, grad_scale = _run(x, scale, grad)
+    y, grad_x, grad_scale = _run(x, scale, grad, device)
     assert (y.dtype, grad_x.dtype, grad_scale.dtype) == (dtype, dtype, torch.float32)
     assert torch.equal(y, reference.ia3_scale(x, scale))
     expected_x, expected_scale = reference.ia3_scale_backward(grad, x, scale)
@@ -55,6 +53,56 @@ def test_values_and_gradients(shape, dtype, isa):
     allowed = 2 * (products.sum(0).double() - truth).abs().max() + 1e-7 * truth.abs().max()
     assert (grad_scale.double() - truth).abs().max() <= allowed
     torch.testing.assert_close(grad_scale, expected_scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, dtype, isa):
+    _check(shape, dtype)
+
+
+# Columns: one, odd, whole vectors, more than a block's 32 bytes, more than 132 blocks of 32 bytes and of 64. Rows: one,
+# more than the threads beside each other, more than a run of 32 each, more than one part (2048), parts of unlike length.
+DEVICE_SHAPES = [(7,), (1, 1), (1500, 1), (5, 127), (33, 16), (2, 3, 72), (2, 2200), (1, 4328), (3, 1, 2125)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", DEVICE_SHAPES)
+def test_values_and_gradients_on_devices(shape, dtype, device):
+    _check(shape, dtype, device)
+
+
+@pytest.mark.parametrize("shape", [(4130, 3), (2049, 8), (2048, 2)])
+def test_long_sums_on_devices(shape, device):
+    _check(shape, torch.bfloat16, device)
+
+
+def test_more_rows_than_blocks(device):
+    """The forward's blocks walk over the rows that the grid has no blocks for."""
+    x, scale = torch.randn(1056 * 1024 + 5, 1), torch.tensor([3.0])
+    y = pf.ops.ia3_scale(x.to(device), scale.to(device)).cpu()
+    assert torch.equal(y, x * 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_storage(dtype, device):
+    """Rows of whole vectors that begin between two of them: x, grad_output or both."""
+    x, scale, grad = _inputs((9, 64), dtype)
+    for shift_x, shift_grad in ((1, 0), (0, 1), (3, 3)):
+
+        def shifted(t, by):
+            return torch.cat([t.new_zeros(by), t.reshape(-1)]).to(device)[by:].view(t.shape)
+
+        got = _run(shifted(x, shift_x), scale, shifted(grad, shift_grad), device)
+        for ours, theirs in zip(got, _run(x, scale, grad), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_in_every_run(dtype, device):
+    x, scale, grad = _inputs((700, 40), dtype)
+    first, second = _run(x, scale, grad, device), _run(x, scale, grad, device)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,29 +120,33 @@ def test_same_bits_on_every_thread_count(dtype, isa):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_scale_in_the_dtype_of_x():
-    x, scale, grad = _inputs((9, 65), torch.bfloat16, torch.bfloat16)
-    y, _, grad_scale = _run(x, scale, grad)
-    assert torch.equal(y, x * scale)  # one rounding of an exact product: torch's own result
-    assert grad_scale.dtype == torch.bfloat16
+@pytest.mark.parametrize("columns", [65, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scale_in_the_dtype_of_x(columns, dtype, device):
+    x, scale, grad = _inputs((9, columns), dtype, dtype)
+    y, grad_x, grad_scale = _run(x, scale, grad, device)
+    # one rounding of an exact product: torch's own result
+    assert torch.equal(y, x * scale) and torch.equal(grad_x, grad * scale)
+    assert grad_scale.dtype == dtype
+    torch.testing.assert_close(grad_scale, (grad.double() * x.double()).sum(0).to(dtype))
 
 
-def test_strided_views():
+def test_strided_views(device):
     base = torch.randn(40, 6, 70)
     for x in (base[:, ::2, :33], base.transpose(0, 1), base[..., 1::2], base[:, :, 5], base[:1].expand(4, 6, 70)):
         scale, grad = torch.randn(x.shape[-1]), torch.randn(1).expand(x.shape)
-        y, grad_x, grad_scale = _run(x, scale, grad)
+        y, grad_x, grad_scale = _run(x, scale, grad, device)
         expected_x, expected_scale = reference.ia3_scale_backward(grad, x, scale)
         assert torch.equal(y, reference.ia3_scale(x, scale)) and torch.equal(grad_x, expected_x)
         torch.testing.assert_close(grad_scale, expected_scale)
-    y, _, grad_scale = _run(base[0], torch.randn(140)[::2], base[1])
+    y, _, grad_scale = _run(base[0], torch.randn(140)[::2], base[1], device)
     assert y.shape == base[0].shape and grad_scale.shape == (70,)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)])
-def test_empty(shape):
+def test_empty(shape, device):
     x, scale, grad = _inputs(shape, torch.float32)
-    y, grad_x, grad_scale = _run(x, scale, grad)
+    y, grad_x, grad_scale = _run(x, scale, grad, device)
     assert y.shape == grad_x.shape == shape and torch.equal(grad_scale, torch.zeros(shape[-1]))
 
 
@@ -121,8 +173,19 @@ def test_any_shape(rows, columns, seed):
     torch.testing.assert_close(grad_scale, expected_scale, rtol=1e-4, atol=1e-4)
 
 
-def test_only_what_is_wanted():
-    x, scale, grad = _inputs((6, 10), torch.float32)
+@pytest.mark.parametrize("columns", [10, 16])
+def test_special_values_on_devices(columns, device):
+    x = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45, 3e38, -float("inf"), 1.0, 0.0, 65504.0, 2.0])
+    scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 2.0, -1.0, 1e-40, -1.0, 1.0, 3e38])
+    x, scale = x.repeat(2)[:columns], scale.repeat(2)[:columns]
+    for dtype in DTYPES:
+        y = pf.ops.ia3_scale(x.to(device, dtype), scale.to(device)).cpu()
+        expected = (x.to(dtype).float() * scale).to(dtype)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_only_what_is_wanted(device):
+    x, scale, grad = (t.to(device) for t in _inputs((6, 10), torch.float32))
     op = torch.ops.pyfastpeft.ia3_scale_backward
     assert [t.numel() for t in op(grad, x, scale, [False, True])] == [0, 10]
     assert [t.numel() for t in op(grad, x, scale, [True, False])] == [60, 0]
@@ -190,6 +253,14 @@ def test_compile():
     s = scale.clone().requires_grad_()
     compiled(x, s).backward(grad)
     torch.testing.assert_close(s.grad, (grad * x).sum(0))
+
+
+def test_tensors_on_different_devices():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for home, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        with pytest.raises(ValueError, match=r"scale is on \S+, expected x's device \S+; move it with"):
+            pf.ops.ia3_scale(torch.ones(3, 4, device=home), torch.ones(4, device=other))
 
 
 def test_bad_input():

@@ -27,6 +27,7 @@ from pyfastpeft.ops._linear import (
     draw_seed,
 )
 from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_
+from pyfastpeft.ops import nf4_matmul_cuda
 from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
@@ -145,6 +146,19 @@ def _forward_cpu(
     return y.view(*x.shape[:-1], N)
 
 
+def _forward_cuda(
+    x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, bias, lora_a, lora_b,
+    scaling, dropout_p, seed,
+):  # fmt: skip
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
+    N, K = _check("linear_4bit", x.device, *flat, shape)
+    check_operands("linear_4bit", x.device, N, K, bias, lora_a, lora_b, dropout_p, seed)
+    check_x("linear_4bit", x, N, K)
+    w = nf4_matmul_cuda.Weight(*flat, N, K)
+    y = nf4_matmul_cuda.forward(w, as_rows(x), bias, lora_a, lora_b, scaling, dropout_p, seed)
+    return y.view(*x.shape[:-1], N)
+
+
 def _forward_fake(
     x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, bias, lora_a, lora_b,
     scaling, dropout_p, seed,
@@ -189,6 +203,25 @@ def _backward_cpu(
         grad.sum(0, dtype=torch.float32) if need_bias else empty(0, dtype=torch.float32),
         grad_a if need_a else empty(0, dtype=torch.float32 if lora_a is None else lora_a.dtype),
         grad_b if need_b else empty(0, dtype=torch.float32 if lora_b is None else lora_b.dtype),
+    )
+
+
+def _backward_cuda(
+    grad_output, x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, lora_a, lora_b,
+    scaling, dropout_p, seed, output_mask,
+):  # fmt: skip
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
+    N, K = _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    grad, empty = as_rows(grad_output), grad_output.new_empty
+    rows = as_rows(x) if output_mask[2] or output_mask[3] else None
+    grad_x, grad_bias, grad_a, grad_b = nf4_matmul_cuda.backward(
+        nf4_matmul_cuda.Weight(*flat, N, K), grad, rows, lora_a, lora_b, scaling, dropout_p, seed, output_mask
+    )
+    return (
+        empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], K),
+        empty(0, dtype=torch.float32) if grad_bias is None else grad_bias,
+        empty(0, dtype=torch.float32 if lora_a is None else lora_a.dtype) if grad_a is None else grad_a,
+        empty(0, dtype=torch.float32 if lora_b is None else lora_b.dtype) if grad_b is None else grad_b,
     )
 
 
@@ -240,12 +273,14 @@ _backward_op = register_op(
     f"linear_4bit_backward(Tensor grad_output, Tensor x, {flat_schema}, Tensor? lora_a, Tensor? lora_b, {LORA_SCHEMA}, "
     "bool[4] output_mask) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b)",
     cpu=_backward_cpu,
+    cuda=_backward_cuda,
     fake=_backward_fake,
     no_gradient="second derivatives of linear_4bit are not implemented; detach what should not be differentiated twice",
 )
 _op = register_op(
     f"linear_4bit(Tensor x, {flat_schema}, Tensor? bias, Tensor? lora_a, Tensor? lora_b, {LORA_SCHEMA}) -> Tensor",
     cpu=_forward_cpu,
+    cuda=_forward_cuda,
     fake=_forward_fake,
     setup_context=_setup_context,
     backward=_backward,

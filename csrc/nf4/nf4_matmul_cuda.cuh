@@ -1,0 +1,85 @@
+// What the two 4-bit matmul kernels share: the table of byte pairs in shared memory, a lane's piece of a weight row, and
+// the epilogue.
+#pragma once
+
+#include "nf4/nf4_decode_cuda.cuh"
+#include "nf4/nf4_matmul_cuda.h"
+
+namespace pyfastpeft {
+
+// A byte's two levels at entry byte, kept once per lane: with 256-byte entries each lane reads its own two banks, so
+// random bytes never conflict, and the address byte · 256 + lane · 8 is one byte permutation of the packed word. 64 KiB.
+constexpr int kPairEntryBytes = 256;
+constexpr int kPairTableBytes = 256 * kPairEntryBytes;
+
+// All threads of the block together; a __syncthreads() belongs behind it.
+__device__ __forceinline__ void fill_pair_table(unsigned char* table, QuantType type) {
+  const float* levels = type == QuantType::nf4 ? nf4_levels : fp4_levels;
+  for (int i = threadIdx.x; i < 256 * kWarp; i += blockDim.x) {
+    const int byte = i / kWarp;
+    *reinterpret_cast<float2*>(table + i * 8) = make_float2(levels[byte / 16], levels[byte % 16]);
+  }
+}
+
+// The levels of byte kByte of a word: .x of its high nibble, the earlier value.
+template <int kByte>
+__device__ __forceinline__ float2 pair_levels(const unsigned char* table, std::uint32_t word, std::uint32_t lane8) {
+  // bytes of the result: lane8's lowest, the word's kByte, two of lane8's zeros
+  const std::uint32_t offset = __byte_perm(word, lane8, 0x5504u | (kByte << 4));
+  return *reinterpret_cast<const float2*>(table + offset);
+}
+
+// 32 neighbouring values of one weight row as they were loaded; the scale is decoded when it is used, so that nothing
+// waits for its loads before.
+struct Piece {
+  uint4 bytes;
+  float coarse;  // absmax, or the nested absmax
+  int code;      // nested only
+};
+
+template <bool kNested>
+__device__ __forceinline__ Piece load_piece(const Nf4Matrix& w, int log2_blocksize, std::int64_t first) {
+  Piece piece;
+  piece.bytes = __ldg(reinterpret_cast<const uint4*>(w.packed + first / 2));
+  const std::int64_t block = first >> log2_blocksize;
+  if constexpr (kNested) {
+    piece.code = w.absmax.codes[block];
+    piece.coarse = w.absmax.nested_absmax[block / kNestedBlocksize];
+  } else {
+    piece.code = 0;
+    piece.coarse = w.absmax.plain[block];
+  }
+  return piece;
+}
+// A piece past the end: its scale makes whatever is decoded from it zero.
+__device__ __forceinline__ Piece no_piece() { return {make_uint4(0, 0, 0, 0), 0.0f, -1}; }
+
+template <bool kNested>
+__device__ __forceinline__ float piece_scale(const Nf4Matrix& w, float offset, const Piece& piece) {
+  if constexpr (kNested) {
+    if (piece.code < 0) return 0.0f;
+    return __fadd_rn(__fmul_rn(__ldg(w.absmax.nested_map + piece.code), piece.coarse), offset);
+  } else {
+    return piece.coarse;
+  }
+}
+
+// The finished value of row m, column n.
+__device__ __forceinline__ float finish(const Nf4Epilogue& e, float sum, std::int64_t m, std::int64_t n) {
+  if (e.bias != nullptr) sum += e.bias[n];
+  if (e.s != nullptr) {
+    float low = 0;
+    for (std::int64_t r = 0; r < e.R; ++r)
+      low = fmaf(e.s[m * e.R + r], e.b[n * e.b_row_stride + r * e.b_rank_stride], low);
+    sum += low;
+  }
+  return e.scale != nullptr ? sum * e.scale[n] : sum;
+}
+
+inline int log2_of(std::int64_t power) {
+  int log2 = 0;
+  while ((std::int64_t{1} << log2) < power) ++log2;
+  return log2;
+}
+
+}  // namespace pyfastpeft

@@ -37,6 +37,15 @@ inline void check_cuda(cudaError_t error, const char* op, const char* step) {
       message(op, ": ", step, " failed: ", cudaGetErrorName(error), ": ", cudaGetErrorString(error)));
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute, const char* op) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), op, "asking for the current device");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), op, "asking for an attribute of the device");
+  return value;
+}
+inline int multiprocessors(const char* op) { return device_attribute(cudaDevAttrMultiProcessorCount, op); }
+
 // Makes `device` the current one and puts the former one back.
 class DeviceGuard {
  public:

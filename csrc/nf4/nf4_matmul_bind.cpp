@@ -1,6 +1,10 @@
 // Python's way to the 4-bit matmul. A quantised weight arrives as its addresses and sizes and is checked once.
 #include "nf4/nf4_bind.h"
 #include "nf4/nf4_matmul.h"
+#if defined(PYFASTPEFT_WITH_CUDA)
+#include "common/cuda_device.h"
+#include "nf4/nf4_matmul_cuda.h"
+#endif
 
 namespace pyfastpeft {
 namespace {
@@ -52,6 +56,81 @@ void matvec(const PackedWeight& w, Address x, std::int64_t x_numel, std::int64_t
   nf4_matvec_cpu(m, from, M, reinterpret_cast<const float*>(bias), x_dtype, to);
 }
 
+#if defined(PYFASTPEFT_WITH_CUDA)
+std::int64_t matmul_workspace(std::int64_t M, std::int64_t N, std::int64_t K) {
+  check(M >= 0 && N >= 0 && K >= 0, "linear_4bit: sizes ", M, ", ", N, ", ", K, " of M, N, K, expected none below 0");
+  return N == 0 ? 0 : nf4_matmul_workspace(M, N, K);
+}
+
+// Both fused kernels take the same arguments; kMatmul says which one runs.
+template <bool kMatmul>
+void fused(Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel, Address nested_absmax,
+           std::int64_t nested_numel, Address nested_map, std::int64_t map_numel, Address offset, std::int64_t N,
+           std::int64_t K, std::int64_t blocksize, const std::string& type, Address x, std::int64_t x_numel,
+           std::int64_t M, int dtype, Address s, std::int64_t s_numel, Address b, std::int64_t b_numel,
+           std::int64_t b_row_stride, std::int64_t b_rank_stride, std::int64_t R, Address bias, std::int64_t bias_numel,
+           Address scale, std::int64_t scale_numel, Address workspace, std::int64_t workspace_numel, Address y,
+           std::int64_t y_numel, int device, Address stream) {
+  const char* op = "linear_4bit";
+  const Nf4Matrix w = packed_weight(packed, packed_numel, absmax, absmax_numel, nested_absmax, nested_numel, nested_map,
+                                    map_numel, offset, N, K, blocksize, type)
+                          .matrix;
+  const DType x_dtype = dtype_of(dtype, op);
+  check(K > 0 && K % kNf4RowMultiple == 0, op, ": the fused kernels take rows of a multiple of ", kNf4RowMultiple,
+        " values, got K = ", K);
+  check(M >= 0 && (!kMatmul || M <= kNf4MatmulRows), op, ": M is ", M, ", expected 0 to ", kNf4MatmulRows);
+  check(packed % 16 == 0 && x % 16 == 0, op, ": packed and x must begin at multiples of 16 bytes");
+  check_count(x_numel, M * K, op, "x", "M·K");
+  check_count(y_numel, M * N, op, "y", "M·N");
+  Nf4Epilogue epilogue{};
+  if (bias != 0) {
+    check_count(bias_numel, N, op, "bias", "N");
+    epilogue.bias = pointer<const float>(bias, N, op, "bias");
+  }
+  if (scale != 0) {
+    check_count(scale_numel, N, op, "scale", "N");
+    epilogue.scale = pointer<const float>(scale, N, op, "scale");
+  }
+  if (R > 0) {
+    check_count(s_numel, M * R, op, "s", "M·R");
+    check_count(b_numel, N * R, op, "lora_b", "N·R");
+    const bool dense =
+        (b_rank_stride == 1 && b_row_stride == R) || (b_row_stride == 1 && b_rank_stride == N) || N == 1 || R == 1;
+    check(dense, op, ": lora_b has strides ", b_row_stride, ", ", b_rank_stride, ", expected a dense [", N, ", ", R,
+          "]");
+    epilogue.s = pointer<const float>(s, s_numel, op, "s");
+    epilogue.b = pointer<const float>(b, b_numel, op, "lora_b");
+    epilogue.b_row_stride = R == 1 && N > 1 ? 1 : b_row_stride;
+    epilogue.b_rank_stride = N == 1 && R > 1 ? 1 : b_rank_stride;
+    epilogue.R = R;
+  }
+  const void* from = pointer<const void>(x, x_numel, x_dtype, op, "x");
+  void* to = pointer<void>(y, y_numel, x_dtype, op, "y");
+  float* space = nullptr;
+  if constexpr (kMatmul) {
+    check_count(workspace_numel, matmul_workspace(M, N, K), op, "workspace", "nf4_matmul_workspace");
+    space = pointer<float>(workspace, workspace_numel, op, "workspace");
+  }
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(device, op);
+  if constexpr (kMatmul)
+    nf4_matmul_cuda(w, from, M, x_dtype, epilogue, space, to, reinterpret_cast<void*>(stream));
+  else
+    nf4_matvec_cuda(w, from, M, x_dtype, epilogue, to, reinterpret_cast<void*>(stream));
+}
+
+template <typename F>
+void define_fused(py::module_& m, const char* name, F f) {
+  m.def(name, f, py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"), py::arg("absmax_numel"),
+        py::arg("nested_absmax"), py::arg("nested_numel"), py::arg("nested_map"), py::arg("map_numel"),
+        py::arg("offset"), py::arg("N"), py::arg("K"), py::arg("blocksize"), py::arg("quant_type"), py::arg("x"),
+        py::arg("x_numel"), py::arg("M"), py::arg("dtype"), py::arg("s"), py::arg("s_numel"), py::arg("b"),
+        py::arg("b_numel"), py::arg("b_row_stride"), py::arg("b_rank_stride"), py::arg("R"), py::arg("bias"),
+        py::arg("bias_numel"), py::arg("scale"), py::arg("scale_numel"), py::arg("workspace"),
+        py::arg("workspace_numel"), py::arg("y"), py::arg("y_numel"), py::arg("device"), py::arg("stream"));
+}
+#endif
+
 }  // namespace
 
 void register_nf4_matmul(py::module_& m) {
@@ -64,6 +143,11 @@ void register_nf4_matmul(py::module_& m) {
         py::arg("cols"), py::arg("dtype"), py::arg("out"), py::arg("out_numel"));
   m.def("nf4_matvec_cpu", &matvec, py::arg("weight"), py::arg("x"), py::arg("x_numel"), py::arg("M"), py::arg("bias"),
         py::arg("bias_numel"), py::arg("dtype"), py::arg("y"), py::arg("y_numel"));
+#if defined(PYFASTPEFT_WITH_CUDA)
+  m.def("nf4_matmul_workspace", &matmul_workspace, py::arg("M"), py::arg("N"), py::arg("K"));
+  define_fused(m, "nf4_matvec_cuda", &fused<false>);
+  define_fused(m, "nf4_matmul_cuda", &fused<true>);
+#endif
 }
 
 }  // namespace pyfastpeft

@@ -14,19 +14,18 @@ constexpr int kPairTableBytes = 256 * kPairEntryBytes;
 
 // All threads of the block together; a __syncthreads() belongs behind it.
 __device__ __forceinline__ void fill_pair_table(unsigned char* table, QuantType type) {
-  const float* levels = type == QuantType::nf4 ? nf4_levels : fp4_levels;
+  const float* levels = quant_levels[int(type)];
   for (int i = threadIdx.x; i < 256 * kWarp; i += blockDim.x) {
     const int byte = i / kWarp;
     *reinterpret_cast<float2*>(table + i * 8) = make_float2(levels[byte / 16], levels[byte % 16]);
   }
 }
 
-// The levels of byte kByte of a word: .x of its high nibble, the earlier value.
-template <int kByte>
-__device__ __forceinline__ float2 pair_levels(const unsigned char* table, std::uint32_t word, std::uint32_t lane8) {
-  // bytes of the result: lane8's lowest, the word's kByte, two of lane8's zeros
-  const std::uint32_t offset = __byte_perm(word, lane8, 0x5504u | (kByte << 4));
-  return *reinterpret_cast<const float2*>(table + offset);
+// The levels of one of the word's four bytes: .x of its high nibble, the earlier value. lane8 is 8 · lane.
+__device__ __forceinline__ float2 pair_levels(const unsigned char* table, std::uint32_t word, std::uint32_t lane8,
+                                              int byte) {
+  // the address's bytes: lane8's lowest, the word's, two of lane8's zeros
+  return *reinterpret_cast<const float2*>(table + __byte_perm(word, lane8, 0x5504u | (byte << 4)));
 }
 
 // 32 neighbouring values of one weight row as they were loaded; the scale is decoded when it is used, so that nothing
@@ -58,7 +57,7 @@ template <bool kNested>
 __device__ __forceinline__ float piece_scale(const Nf4Matrix& w, float offset, const Piece& piece) {
   if constexpr (kNested) {
     if (piece.code < 0) return 0.0f;
-    return __fadd_rn(__fmul_rn(__ldg(w.absmax.nested_map + piece.code), piece.coarse), offset);
+    return nested_scale(__ldg(w.absmax.nested_map + piece.code), piece.coarse, offset);
   } else {
     return piece.coarse;
   }

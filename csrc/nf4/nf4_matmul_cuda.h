@@ -12,29 +12,29 @@ namespace pyfastpeft {
 
 // What is added to and multiplied into a sum before it is rounded; null pointers are left out.
 struct Nf4Epilogue {
-  const float* bias;       // [N]
-  const float* scale;      // [N], (IA)³: multiplies everything
-  const float* s;          // [M, R]
-  const float* b;          // [N, R] with the strides below
+  const float* bias;   // [N]
+  const float* scale;  // [N], (IA)³: multiplies everything
+  const float* s;      // [M, R]
+  const float* b;      // [N, R] with the strides below
   std::int64_t b_row_stride, b_rank_stride;
   std::int64_t R;
 };
 
-constexpr std::int64_t kNf4RowMultiple = 32;   // of K
-constexpr std::int64_t kNf4MatmulRows = 64;    // the most rows of x a launch of the tensor-core kernel takes
+constexpr std::int64_t kNf4RowMultiple = 32;  // of K
+constexpr std::int64_t kNf4MatmulRows = 64;   // the most rows of x a launch of the tensor-core kernel takes
 
 // fp32 dot products of decoded fp32 weights, never rounded to 16 bits; every row's sum has the same order whatever M.
 void nf4_matvec_cuda(const Nf4Matrix& w,
                      const void* x,  // [M, K] of `dtype`, 16-byte aligned
                      std::int64_t M, DType dtype, const Nf4Epilogue& epilogue,
-                     void* y,        // [M, N] of `dtype`, overwritten
+                     void* y,  // [M, N] of `dtype`, overwritten
                      void* stream);
 
 // Tensor cores (compute capability 8.0): each weight is scaled in fp32 and rounded once to `dtype`, bf16 or fp16. A row
 // of y does not depend on M or on its place: the sums are cut by N and K alone.
 std::int64_t nf4_matmul_workspace(std::int64_t M, std::int64_t N, std::int64_t K);  // floats
 void nf4_matmul_cuda(const Nf4Matrix& w,
-                     const void* x,   // [M, K] of `dtype`, M up to kNf4MatmulRows, 16-byte aligned
+                     const void* x,  // [M, K] of `dtype`, M up to kNf4MatmulRows, 16-byte aligned
                      std::int64_t M, DType dtype, const Nf4Epilogue& epilogue,
                      float* workspace,  // [nf4_matmul_workspace(M, N, K)]
                      void* y,           // [M, N] of `dtype`, overwritten

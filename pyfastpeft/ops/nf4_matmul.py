@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from pyfastpeft._native import _C
+from pyfastpeft.ops import nf4_matmul_cuda
 from pyfastpeft.ops._library import dtype_code, register_op, register_vmap, vmap_by_loop
 from pyfastpeft.ops._linear import (
     LORA_SCHEMA,
@@ -27,7 +28,6 @@ from pyfastpeft.ops._linear import (
     draw_seed,
 )
 from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_
-from pyfastpeft.ops import nf4_matmul_cuda
 from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 

@@ -22,6 +22,7 @@ from pyfastpeft.ops._library import dtype_code
 
 ROW_MULTIPLE = 32  # values: 16 packed bytes
 MATMUL_ROWS = 64  # the most rows of x that csrc/nf4/nf4_matmul_cuda.cu takes
+MATVEC_ROWS = 4096  # of a launch of csrc/nf4/nf4_matvec_cuda.cu: they are its grid's second dimension
 
 
 class Switch(NamedTuple):
@@ -33,11 +34,11 @@ class Switch(NamedTuple):
 
 
 # By compute capability, the newest one that is not newer than the GPU. Predicted from bytes and instruction counts, not
-# yet measured on hardware: the matvec kernel reads the weights once per two rows, the matmul kernel once; past 64 rows
-# two passes over the packed bytes cost what writing and reading W in 16 bits once does.
+# yet measured on hardware: the matvec kernel reads the weights once per row of x, the matmul kernel once per 64; W in
+# fp32 costs 17 times the packed bytes to write and read, so dot products win up to 8 rows.
 SWITCHES = {
     (7, 5): Switch(matvec_16bit=0, matvec_float32=0, matmul=0),  # 64 KiB of shared memory: no room for the table
-    (8, 0): Switch(matvec_16bit=2, matvec_float32=4, matmul=64),
+    (8, 0): Switch(matvec_16bit=1, matvec_float32=8, matmul=64),
 }
 
 _batch_invariant = False
@@ -47,8 +48,8 @@ _batch_invariant = False
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Within it linear_4bit on CUDA gives a row of x the same bits whatever its place and the number of rows.
 
-    One kernel and one way of cutting sums for every M: 64 rows at a time through the tensor cores (16-bit x), two at a
-    time for float32. Costs speed for one or two rows and for many; the backward is not concerned. Without effect on
+    One kernel and one way of cutting sums for every M: 64 rows at a time through the tensor cores (16-bit x), one by one
+    for float32. Costs speed for one or two rows and for many; the backward is not concerned. Without effect on
     weights that the fused kernels can't read (rows that are no multiple of 32 values) and before compute capability
     8.0, where a RuntimeError says so.
     """
@@ -92,7 +93,9 @@ def _address(tensor: torch.Tensor | None) -> tuple[int, int]:
 class Weight:
     """A 4-bit weight [N, K] for the length of a call, dense, and how the bindings take it."""
 
-    def __init__(self, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, N: int, K: int) -> None:
+    def __init__(
+        self, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, N: int, K: int
+    ) -> None:
         tensors = [packed, absmax, nested_absmax, nested_map, offset]
         self.tensors = [None if t is None else t.contiguous() for t in tensors]
         self.blocksize, self.quant_type, self.N, self.K = blocksize, quant_type, N, K
@@ -141,7 +144,7 @@ def _fused(kernel: str, w: Weight, x, s, lora_b, bias, ia3_scale, y) -> None:
     bias, ia3_scale = (None if t is None else t.contiguous() for t in (bias, ia3_scale))
     rank = 0 if b is None else b.shape[1]
     strides = (0, 0) if b is None else b.stride()
-    step = MATMUL_ROWS if kernel == "matmul" else max(1, x.shape[0])
+    step = MATMUL_ROWS if kernel == "matmul" else MATVEC_ROWS
     for begin in range(0, x.shape[0], step):
         rows, out = x[begin : begin + step], y[begin : begin + step]
         low = None if s is None else s[begin : begin + step]

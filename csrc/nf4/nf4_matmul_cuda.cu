@@ -1,0 +1,261 @@
+// y = x · Wᵀ for up to 64 rows of x on tensor cores, W in 4 bits, read as it lies: no repacking.
+//
+// The weights are the mma's first operand, 16 of their rows by 16 inputs, and the rows of x its columns. A register of
+// that operand holds two neighbours in K of one row: the two values of a packed byte. Which inputs a k-step of the mma
+// covers is free as long as both operands agree, so a lane takes 16 packed bytes of a row at once, its 32 inputs, and
+// feeds two of the bytes to each of 8 k-steps:
+//
+//   lane (g = lane / 4, q = lane % 4), step s:  inputs 128·half + 32 q + 4 s + {0, 1} and {2, 3} of rows g and g + 8
+//
+// x comes by cp.async, 16 bytes (8 inputs of a row) at a time, straight into the order in which the lanes read it back;
+// an XOR of the slot with the k-step pair keeps both the writes and the reads free of bank conflicts.
+//
+//   block    256 threads, 128 rows of W, a slab of 256 inputs a turn: 4 warps of 32 rows by 2 halves of the slab
+//   pipeline the next slab's x (cp.async, two buffers) and packed bytes (64 a lane, registers) arrive during this one's
+//            products; one barrier a turn
+//   sums     fp32; the halves are added in shared memory, the parts of K (grid.y) by a second kernel, in order: no
+//            atomics. How K is cut depends on N and K alone, so a row's bits do not depend on M or on the GPU.
+//
+// Bytes: the packed weight once, x once per 128 rows of W from the L2. 14336 x 4096 nested: 30.3 MB, 7.0 us at the
+// 4.3 TB/s an H200 copies. Per packed byte: a permutation, an 8-byte look-up, two products, a conversion: 2.5
+// instructions a value; look-ups at two wavefronts a warp allow 32 values a cycle and SM, x adds 64/M-tile of them:
+// predicted 9 to 10 us for M up to 16, 11 at 32, 17 at 64 (x from shared memory is the limit there; tensor cores: 14).
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/cuda_device.h"
+#include "nf4/nf4_matmul_cuda.cuh"
+
+namespace pyfastpeft {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kRowGroups = 4, kHalves = kWarps / kRowGroups;
+constexpr int kWarpRows = 32;                                // of W: two mma tiles
+constexpr int kTileN = kRowGroups * kWarpRows;               // rows of W a block covers
+constexpr int kHalfSlab = 128, kSlab = kHalves * kHalfSlab;  // inputs
+constexpr int kSlotValues = 8;                               // of x in 16 bytes
+constexpr int kSlabSlots = kSlab / kSlotValues;              // of one row of x
+constexpr int kBuffers = 2;
+constexpr int kPitch = kTileN + 4;     // floats between two rows of x in the sums: 8 banks apart by pairs
+constexpr std::int64_t kBlocks = 264;  // wanted: two on each SM of an H200; a constant, see above
+constexpr std::int64_t kMinSlabs = 4;  // of a part, so that filling the table and the pipeline pays
+
+constexpr int slab_bytes(int tiles) { return tiles * 8 * kSlabSlots * 16; }
+constexpr int smem_bytes(int tiles) {
+  return kPairTableBytes + std::max(kBuffers * slab_bytes(tiles), tiles * 8 * kPitch * 4);
+}
+
+struct Split {
+  std::int64_t slabs, parts;  // slabs of each part
+};
+Split split(std::int64_t N, std::int64_t K) {
+  const std::int64_t slabs = (K + kSlab - 1) / kSlab, tiles = (N + kTileN - 1) / kTileN;
+  const std::int64_t parts = std::clamp<std::int64_t>(kBlocks / tiles, 1, std::max<std::int64_t>(1, slabs / kMinSlabs));
+  const std::int64_t each = (slabs + parts - 1) / parts;
+  return {each, (slabs + each - 1) / each};
+}
+
+// Where the 16 bytes of row m, inputs 8·slot to 8·slot + 7 of the slab, lie: in units of 16 bytes.
+template <int kTiles>
+__device__ __forceinline__ int x_place(int m, int slot) {
+  const int half = slot / (kHalfSlab / kSlotValues), q = slot / 4 % 4, pair = slot % 4;
+  return ((half * kTiles + m / 8) * 4 + pair) * kWarp + ((m % 8 * 4 + q) ^ (pair * 2));
+}
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t round_pair(float low, float high);
+template <>
+__device__ __forceinline__ std::uint32_t round_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ std::uint32_t round_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const std::uint32_t*>(&pair);
+}
+
+template <typename T, int kTiles, bool kNested>
+__global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
+    nf4_matmul_kernel(const Nf4Matrix w,              //
+                      int log2_blocksize,             //
+                      const T* __restrict__ x,        // [M, K], M up to 8·kTiles
+                      int M,                          //
+                      std::int64_t slabs,             // of a part of K
+                      const Nf4Epilogue epilogue,     // applied where K is not cut
+                      float* __restrict__ workspace,  // [parts, M, N] where it is, or null
+                      T* __restrict__ y) {            // [M, N]
+  unsigned char* table = kdyn_smem();
+  uint4* staged = reinterpret_cast<uint4*>(table + kPairTableBytes);
+  float* sums = reinterpret_cast<float*>(staged);  // [8·kTiles][kPitch], when the products are done
+  constexpr int kSlots = 8 * kTiles * kSlabSlots;  // of a buffer
+
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int half = warp / kRowGroups, g = lane / 4, q = lane % 4;
+  const std::uint32_t lane8 = lane * 8;
+  const std::int64_t n0 = std::int64_t(blockIdx.x) * kTileN;
+  const std::int64_t row0 = n0 + warp % kRowGroups * kWarpRows;
+  const std::int64_t first = blockIdx.y * slabs * kSlab;
+  const std::int64_t end = min(w.K, first + slabs * kSlab);
+  const float offset = kNested ? *w.absmax.offset : 0.0f;
+
+  const auto stage_x = [&](std::int64_t k0, int buffer) {
+    for (int i = threadIdx.x; i < kSlots; i += kThreads) {
+      const int m = i / kSlabSlots, slot = i % kSlabSlots;
+      const std::int64_t k = k0 + slot * kSlotValues;
+      const bool there = m < M && k < end;
+      kp::cp_async16(staged + buffer * kSlots + x_place<kTiles>(m, slot), there ? x + m * w.K + k : x, there ? 16 : 0);
+    }
+    kp::cp_async_commit();
+  };
+  const auto load_w = [&](std::int64_t k0, Piece(&pieces)[4]) {
+    const std::int64_t k = k0 + half * kHalfSlab + q * 32;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const std::int64_t n = row0 + r * 8 + g;
+      pieces[r] = n < w.N && k < end ? load_piece<kNested>(w, log2_blocksize, n * w.K + k) : no_piece();
+    }
+  };
+
+  float d[2][kTiles][4] = {};
+  Piece pieces[4], coming[4];
+  stage_x(first, 0);
+  load_w(first, pieces);
+  fill_pair_table(table, w.type);
+  int buffer = 0;
+  for (std::int64_t k0 = first; k0 < end; k0 += kSlab, buffer ^= 1) {
+    kp::cp_async_wait<0>();
+    __syncthreads();  // this slab's x is there for all, and all are done with the other buffer
+    if (k0 + kSlab < end) {
+      stage_x(k0 + kSlab, buffer ^ 1);
+      load_w(k0 + kSlab, coming);
+    }
+    float scale[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) scale[r] = piece_scale<kNested>(w, offset, pieces[r]);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {  // two k-steps: one word of each row, 16 bytes of each row of x
+      uint4 b[kTiles];
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+        b[t] = staged[buffer * kSlots + ((half * kTiles + t) * 4 + pair) * kWarp + (lane ^ (pair * 2))];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        std::uint32_t a[2][4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const std::uint32_t words[4] = {pieces[r].bytes.x, pieces[r].bytes.y, pieces[r].bytes.z, pieces[r].bytes.w};
+#pragma unroll
+          for (int later = 0; later < 2; ++later) {
+            const float2 level = pair_levels(table, words[pair], lane8, 2 * step + later);
+            a[r / 2][r % 2 + 2 * later] = round_pair<T>(__fmul_rn(level.x, scale[r]), __fmul_rn(level.y, scale[r]));
+          }
+        }
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          const std::uint32_t column[2] = {step == 0 ? b[t].x : b[t].z, step == 0 ? b[t].y : b[t].w};
+          kp::mma_m16n8k16<T>(d[0][t], a[0], column);
+          kp::mma_m16n8k16<T>(d[1][t], a[1], column);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) pieces[r] = coming[r];
+  }
+
+  // d[tile][t]: rows of W 16·tile + g (and + 8), rows of x 8·t + 2q (and + 1)
+  const auto each_sum = [&](auto&& f) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = warp % kRowGroups * kWarpRows + tile * 16 + g + i / 2 * 8, m = t * 8 + 2 * q + i % 2;
+          f(sums[m * kPitch + n], d[tile][t][i]);
+        }
+  };
+  __syncthreads();  // the sums take the place of x
+  if (half == 1) each_sum([](float& at, float value) { at = value; });
+  __syncthreads();
+  if (half == 0) each_sum([](float& at, float value) { at += value; });
+  __syncthreads();
+  for (int i = threadIdx.x; i < M * kTileN; i += kThreads) {
+    const int m = i / kTileN;
+    const std::int64_t n = n0 + i % kTileN;
+    if (n >= w.N) continue;
+    const float sum = sums[m * kPitch + i % kTileN];
+    if (workspace != nullptr)
+      workspace[(std::int64_t(blockIdx.y) * M + m) * w.N + n] = sum;
+    else
+      y[m * w.N + n] = rounded<T>(finish(epilogue, sum, m, n));
+  }
+}
+
+// y = the parts' sum, in their order, finished.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    nf4_matmul_parts_kernel(const float* __restrict__ workspace,  // [parts, M, N]
+                            std::int64_t parts, std::int64_t M, std::int64_t N, const Nf4Epilogue epilogue,
+                            T* __restrict__ y) {  // [M, N]
+  const std::int64_t n = std::int64_t(blockIdx.x) * kThreads + threadIdx.x, m = blockIdx.y;
+  if (n >= N) return;
+  float sum = 0;
+  for (std::int64_t part = 0; part < parts; ++part) sum += workspace[(part * M + m) * N + n];
+  y[m * N + n] = rounded<T>(finish(epilogue, sum, m, n));
+}
+
+template <typename T, int kTiles>
+void launch(const Nf4Matrix& w, const T* x, int M, const Nf4Epilogue& epilogue, float* workspace, T* y, void* stream) {
+  const Split cut = split(w.N, w.K);
+  const auto s = static_cast<cudaStream_t>(stream);
+  const auto kernel =
+      w.absmax.plain == nullptr ? nf4_matmul_kernel<T, kTiles, true> : nf4_matmul_kernel<T, kTiles, false>;
+  const dim3 grid(unsigned((w.N + kTileN - 1) / kTileN), unsigned(cut.parts));
+  check_cuda(KLAUNCH(kernel, grid, kThreads, smem_bytes(kTiles), s, w, log2_of(w.blocksize), x, M, cut.slabs, epilogue,
+                     cut.parts > 1 ? workspace : nullptr, y),
+             "linear_4bit", "launching nf4_matmul_kernel");
+  if (cut.parts == 1) return;
+  const dim3 all(unsigned((w.N + kThreads - 1) / kThreads), unsigned(M));
+  check_cuda(
+      KLAUNCH(nf4_matmul_parts_kernel<T>, all, kThreads, 0, s, workspace, cut.parts, std::int64_t(M), w.N, epilogue, y),
+      "linear_4bit", "launching nf4_matmul_parts_kernel");
+}
+
+template <typename T>
+void launch_rows(const Nf4Matrix& w, const void* x, std::int64_t M, const Nf4Epilogue& epilogue, float* workspace,
+                 void* y, void* stream) {
+  // 64 rows want 128 KiB of shared memory; where a block has less (99 KiB on 8.6, 8.9, 12.0) they go in two halves
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "linear_4bit");
+  const std::int64_t step = room >= smem_bytes(8) ? 64 : 32;
+  const auto* from = static_cast<const T*>(x);
+  auto* to = static_cast<T*>(y);
+  for (std::int64_t m = 0; m < M; m += step) {
+    const int rows = int(std::min(step, M - m));
+    Nf4Epilogue part = epilogue;
+    if (part.s != nullptr) part.s += m * part.R;
+    const auto f = rows <= 8 ? launch<T, 1> : rows <= 16 ? launch<T, 2> : rows <= 32 ? launch<T, 4> : launch<T, 8>;
+    f(w, from + m * w.K, rows, part, workspace, to + m * w.N, stream);
+  }
+}
+
+}  // namespace
+
+std::int64_t nf4_matmul_workspace(std::int64_t M, std::int64_t N, std::int64_t K) {
+  const std::int64_t parts = split(N, K).parts;
+  return parts > 1 ? parts * M * N : 0;
+}
+
+void nf4_matmul_cuda(const Nf4Matrix& w, const void* x, std::int64_t M, DType dtype, const Nf4Epilogue& epilogue,
+                     float* workspace, void* y, void* stream) {
+  if (M == 0 || w.N == 0) return;
+  if (dtype == DType::f16) return launch_rows<__half>(w, x, M, epilogue, workspace, y, stream);
+  if (dtype == DType::bf16) return launch_rows<__nv_bfloat16>(w, x, M, epilogue, workspace, y, stream);
+  throw std::invalid_argument(
+      message("linear_4bit: the tensor-core kernel takes float16 (1) and bfloat16 (2), got dtype "
+              "code ",
+              int(dtype)));
+}
+
+}  // namespace pyfastpeft

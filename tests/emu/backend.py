@@ -39,14 +39,25 @@ class _Module:
         return call
 
 
-class _Allocations(TorchDispatchMode):
-    """Tells the executor which memory came from torch.empty and its kin and was not filled by torch since."""
+# Ops that may read a value on the host. Any other that did would wait for the GPU and break CUDA graphs.
+MAY_SYNC = {"quantize_4bit", "quantize_absmax"}  # for the error that names a NaN
+SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
 
-    def __init__(self, module: types.ModuleType):
+
+class _Watch(TorchDispatchMode):
+    """Follows an implementation's torch calls: refuses those that wait for the GPU, and tells the executor which memory
+    came from torch.empty and its kin and was not filled by torch since."""
+
+    def __init__(self, module: types.ModuleType, op: str):
         super().__init__()
-        self.module = module
+        self.module, self.op = module, op
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in SYNCS and self.op not in MAY_SYNC:
+            raise self.module.Report(
+                f"SYNC: {self.op}'s CUDA implementation calls {func._schema.name} (.item(), a condition on a tensor, …), "
+                "which waits for the GPU; hand the kernel the tensor's address instead"
+            )
         result = func(*args, **(kwargs or {}))
         if func.namespace != "aten":
             return result
@@ -65,13 +76,13 @@ class _Allocations(TorchDispatchMode):
             begin, size = tensor.data_ptr(), _span(tensor)
         (self.module.emu_mark_fresh if fresh else self.module.emu_mark_filled)(begin, size)
 
-    def check_written(self, op: str, result) -> None:
+    def check_written(self, result) -> None:
         for i, tensor in enumerate(tree_leaves(result)):
             if isinstance(tensor, torch.Tensor) and tensor.is_contiguous():
                 hole = self.module.emu_first_unwritten(tensor.data_ptr(), _span(tensor))
                 if hole >= 0:
                     raise self.module.Report(
-                        f"UNWRITTEN output: {op} returned {tensor.dtype} {tuple(tensor.shape)} as result {i}, and nobody "
+                        f"UNWRITTEN output: {self.op} returned {tensor.dtype} {tuple(tensor.shape)} as result {i}, and nobody "
                         f"wrote its byte {hole} (value {hole // tensor.itemsize}) since torch.empty"
                     )
 
@@ -88,13 +99,13 @@ def _span(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.itemsize
 
 
-def _checked(op: str, implementation: Callable, module: types.ModuleType, depth: list[int]) -> Callable:
+def checked(op: str, implementation: Callable, module: types.ModuleType, depth: list[int]) -> Callable:
     def run(*args, **kwargs):
         depth[0] += 1
         try:
-            with _Allocations(module) as allocations:
+            with _Watch(module, op) as watch:
                 result = implementation(*args, **kwargs)
-            allocations.check_written(op, result)
+            watch.check_written(result)
             return result
         finally:
             depth[0] -= 1
@@ -146,7 +157,7 @@ def emulated(module: types.ModuleType | None = None, seed: int = 0, preempt: int
             warnings.simplefilter("ignore")  # that a kernel is replaced
             for name, implementation in _library.CUDA_IMPLEMENTATIONS.items():
                 # below Library.impl, which in older torch refuses to replace a kernel
-                library.m.impl(f"pyfastpeft::{name}", "CPU", _checked(name, implementation, module, depth), False)
+                library.m.impl(f"pyfastpeft::{name}", "CPU", checked(name, implementation, module, depth), False)
         yield module
     finally:
         library._destroy()

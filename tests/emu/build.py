@@ -137,19 +137,21 @@ def _undefined(objects: list[Path]) -> list[str]:
     return sorted(name for name in wanted - defined if "10pyfastpeft" in name)
 
 
-def build(name: str, kernels: list[Path], bindings: list[Path]) -> Path:
+def build(name: str, kernels: list[Path], bindings: list[Path], executor_flags: tuple[str, ...] = ()) -> Path:
     """The extension module `name` from these kernels and bindings, and the executor."""
-    executor = sorted(HERE.glob("*.cpp"))
-    work = [*((k, KERNEL) for k in kernels), *((b, BINDING) for b in bindings), *((e, EXECUTOR) for e in executor)]
+    executor = [(source, EXECUTOR + executor_flags) for source in sorted(HERE.glob("*.cpp"))]
+    work = [*((k, KERNEL) for k in kernels), *((b, BINDING) for b in bindings), *executor]
     with _lock(), concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         _digest.cache_clear()
         made = list(pool.map(lambda item: compile_object(*item), work))
         key = hashlib.sha256("".join(k for _, k in made).encode()).hexdigest()[:16]
-        target = BUILD / key / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        variant = name + "".join(executor_flags)
+        target = BUILD / f"{variant}-{key}" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if target.exists():
             return target
-        for other in BUILD.glob(f"*/{target.name}"):
-            shutil.rmtree(other.parent)
+        earlier = sorted(BUILD.glob(f"{variant}-*"), key=os.path.getmtime)
+        for folder in earlier[:-3]:  # another process may still run one of the last
+            shutil.rmtree(folder)
         target.parent.mkdir(exist_ok=True)
         # The executor's objects come first: of a function that several objects hold, the uninstrumented copy is taken.
         objects = [o for o, _ in made[len(kernels) :]] + [o for o, _ in made[: len(kernels)]]

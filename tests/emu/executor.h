@@ -42,7 +42,8 @@ using Code = std::uint32_t;
 Code code_of(Site site);
 Code code_of_return(const void* return_address);
 bool in_module(std::uintptr_t address);
-bool beyond_constant(const void* address, std::size_t bytes);  // in __constant__ memory, but not inside of one table
+bool in_constants(std::uintptr_t address);                     // __constant__ memory
+bool beyond_constant(const void* address, std::size_t bytes);  // there, but not inside of one table
 int launch_bound(const void* entry);                           // what the kernel's __launch_bounds__ say, or 1024
 std::vector<std::string> source_lines(Code code);              // "csrc/x/x.cu:12", innermost first
 std::string describe(Code code);

@@ -5,7 +5,8 @@
 
 #include "emu/executor.h"
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(EMU_PORTABLE_SWITCH)
+#define EMU_USE_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -29,7 +30,7 @@ char* new_stack() {
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if !defined(EMU_USE_UCONTEXT)
 
 extern "C" EMU_HIDDEN void emu_switch_stack(void** from, void* to);
 asm(R"(.text

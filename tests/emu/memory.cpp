@@ -163,14 +163,23 @@ void register_range(std::uintptr_t begin, std::int64_t bytes, const char* name, 
 void forget_ranges() { registered.clear(); }
 
 void mark_fresh(std::uintptr_t begin, std::int64_t bytes) {
-  mark_filled(begin, bytes);
+  mark_filled(begin, bytes);  // what an earlier allocation left there
   if (bytes > 0)
     fresh[begin] = {begin + std::uintptr_t(bytes), std::make_shared<std::vector<std::uint8_t>>(std::size_t(bytes))};
 }
 void mark_filled(std::uintptr_t begin, std::int64_t bytes) {
+  const std::uintptr_t end = begin + std::uintptr_t(bytes);
   auto f = fresh.lower_bound(begin);
   if (f != fresh.begin() && std::prev(f)->second.end > begin) --f;
-  while (f != fresh.end() && f->first < begin + std::uintptr_t(bytes)) f = fresh.erase(f);
+  while (f != fresh.end() && f->first < end) {
+    const std::uintptr_t from = std::max(begin, f->first), to = std::min(end, f->second.end);
+    if (from == f->first && to == f->second.end) {
+      f = fresh.erase(f);
+    } else {
+      std::memset(f->second.written->data() + (from - f->first), 1, to - from);
+      ++f;
+    }
+  }
 }
 std::int64_t first_unwritten(std::uintptr_t begin, std::int64_t bytes) {
   auto f = fresh.upper_bound(begin);
@@ -227,6 +236,13 @@ void check_access(const void* address, std::size_t bytes, bool write, Kind kind,
     check_races({arena_shadow + in_arena, false, nullptr, in_arena}, bytes, write, kind, code, by);
     return;
   }
+  if (in_constants(at)) {
+    if (beyond_constant(address, bytes))
+      fail("OUT OF BOUNDS %s of %zu bytes beyond a __constant__ table at %s", write ? "write" : "read", bytes,
+           describe(code).c_str());
+    if (write) fail("WRITE to __constant__ memory at %s", describe(code).c_str());
+    return;
+  }
   if (Buffer* buffer = buffer_at(at); buffer != nullptr && at + bytes <= buffer->end) {
     const std::size_t offset = at - buffer->begin;
     if (write && buffer->read_only)
@@ -237,13 +253,7 @@ void check_access(const void* address, std::size_t bytes, bool write, Kind kind,
   }
   const auto arguments = reinterpret_cast<std::uintptr_t>(block.launch.arguments);
   if (!write && at >= arguments && at + bytes <= arguments + block.launch.arguments_bytes) return;
-  if (in_module(at)) {
-    if (beyond_constant(address, bytes))
-      fail("OUT OF BOUNDS %s of %zu bytes beyond a __constant__ table at %s", write ? "write" : "read", bytes,
-           describe(code).c_str());
-    if (!write) return;
-    fail("WRITE to __constant__ memory at %s", describe(code).c_str());
-  }
+  if (!write && in_module(at)) return;  // a literal
   fail("OUT OF BOUNDS %s of %zu bytes at %s: %s", write ? "write" : "read", bytes, describe(code).c_str(),
        nearest_buffer(at).c_str());
 }

@@ -74,12 +74,21 @@ bool in_module(std::uintptr_t address) {
   return address >= reinterpret_cast<std::uintptr_t>(__ehdr_start) && address < reinterpret_cast<std::uintptr_t>(_end);
 }
 
+bool in_constants(std::uintptr_t address) {
+  return address - reinterpret_cast<std::uintptr_t>(__start_emu_constant) <
+         std::uintptr_t(__stop_emu_constant - __start_emu_constant + kConstantAlignment);
+}
+
 bool beyond_constant(const void* address, std::size_t bytes) {
-  const char* p = static_cast<const char*>(address);
-  if (p < __start_emu_constant || p >= __stop_emu_constant + kConstantAlignment) return false;
+  static std::uintptr_t begin = 0, end = 0;  // of the table asked for last
   const std::uintptr_t at = offset_of(address);
-  auto table = tables().upper_bound(at);
-  return table == tables().begin() || at + bytes > (--table)->second;
+  if (at < begin || at >= end) {
+    auto table = tables().upper_bound(at);
+    if (table == tables().begin()) return true;
+    begin = (--table)->first;
+    end = table->second;
+  }
+  return at < begin || at + bytes > end;
 }
 
 int launch_bound(const void* entry) {

@@ -14,8 +14,8 @@ import time
 
 import pytest
 import torch
-
 from emu import backend, build
+
 from pyfastpeft._native import _C
 
 NO_SKIP = os.environ.get("PYFASTPEFT_NO_SKIP", "") not in ("", "0")
@@ -96,7 +96,11 @@ def pytest_make_collect_report(collector):
 def kernels_of_the_sources() -> set[str]:
     """The names of all kernels in csrc/."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(build.ROOT.glob("csrc/*/*.cu*")))
-    return set(re.findall(r"__global__[^;{}]*?\b(\w+)\(\s*(?!\w+\s*\))[^{};]*\{", re.sub(r"__launch_bounds__\([^)]*\)", "", text)))
+    return set(
+        re.findall(
+            r"__global__[^;{}]*?\b(\w+)\(\s*(?!\w+\s*\))[^{};]*\{", re.sub(r"__launch_bounds__\([^)]*\)", "", text)
+        )
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -118,5 +118,20 @@ def test_bugs_are_reported_on_every_schedule(bugs, seed, preempt):
     assert missed <= {"wait_for_another_block"}  # that block may happen to come first
 
 
+def test_the_portable_switch_between_threads_works_too():
+    try:
+        flags = ("-DEMU_PORTABLE_SWITCH",)
+        path = build.build("_C_bugs", sorted(BUGS.glob("*.cu")), [BUGS / "bugs_bind.cpp"], flags)
+    except build.Unavailable as missing:
+        pytest.skip(f"the host executor cannot be built: {missing}")
+    module = build.load_module(path)
+    for name in KINDS:
+        _run(module, name, bug=False)
+    for name in ("missing_syncthreads", "shuffle_in_half_a_warp", "cp_async_without_wait"):
+        with pytest.raises(module.Report):
+            _run(module, name, bug=True)
+        _run(module, name, bug=False)  # after threads were given up in the middle
+
+
 def test_every_planted_bug_is_expected(bugs):
     assert sorted(bugs.names()) == sorted(KINDS)

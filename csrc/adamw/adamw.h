@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/dtype.h"
 
@@ -36,5 +37,29 @@ struct AdamwOptions {
 
 // Threads share the values of all tensors, in units of 256; every value's result is the same for any thread count.
 void adamw_cpu(const AdamwTensor* tensors, std::int64_t count, const AdamwOptions& options);
+
+// On the GPU all pointers are the device's, and so are these; null: the value in AdamwOptions holds.
+struct AdamwDeviceScalars {
+  const void* lr;  // [1], f64 where lr_is_f64, else f32
+  bool lr_is_f64;
+  const float* grad_scale;  // [1]
+  const float* found_inf;   // [1] not 0: nothing is changed, steps included
+};
+
+// The kernel reads the list of tensors from a table in device memory of adamw_table_words(count) words.
+std::int64_t adamw_table_words(std::int64_t count);
+
+// What is known to lie in such a table, so that a list that is as it was is not sent again.
+struct AdamwTableContent {
+  std::vector<std::uint64_t> words;  // empty: nothing is known
+};
+
+// One launch for all tensors, and before it one for each 3.8 KiB of the table that changed. The table travels as kernel
+// arguments: nothing on the host has to outlive the call, and a captured graph repeats what it was captured with.
+void adamw_cuda(const AdamwTensor* tensors, std::int64_t count, const AdamwOptions& options,
+                const AdamwDeviceScalars& scalars,
+                std::uint64_t* table,        // [adamw_table_words(count)], only touched by this function
+                AdamwTableContent& content,  // of `table`; brought up to date
+                int multiprocessors, void* stream);
 
 }  // namespace pyfastpeft

@@ -1,9 +1,11 @@
 // Python's way to AdamW. The lists arrive as arrays of addresses (buffers of 64-bit integers), one entry per tensor;
 // layouts and dtypes are checked by pyfastpeft/ops/adamw.py, here what memory safety rests on.
+#include <mutex>
 #include <vector>
 
 #include "adamw/adamw.h"
 #include "common/bind.h"
+#include "common/cuda_device.h"
 
 namespace pyfastpeft {
 namespace {
@@ -17,11 +19,19 @@ const T* items(const py::buffer_info& info, std::int64_t count, const char* name
   return static_cast<const T*>(info.ptr);
 }
 
+// The memory of tensor `index` of a list; a const T says that no kernel writes it.
+template <typename T>
+T* at(Address address, std::int64_t numel, DType dtype, const char* name, std::int64_t index) {
+  check(address != 0 || numel == 0, kOp, ": ", name, "[", index, "] has no memory (a fake or meta tensor?), expected ",
+        numel, " values; call through torch.ops.pyfastpeft, which has an implementation for such tensors");
+  return pointer<T>(address, numel, dtype, kOp, name);
+}
+
 template <typename T>
 T* at(Address address, std::int64_t numel, const char* name, std::int64_t index) {
   check(address != 0 || numel == 0, kOp, ": ", name, "[", index, "] has no memory (a fake or meta tensor?), expected ",
         numel, " values; call through torch.ops.pyfastpeft, which has an implementation for such tensors");
-  return reinterpret_cast<T*>(address);
+  return pointer<T>(address, numel, kOp, name);
 }
 
 const float* checked_map(Address address, const char* name) {
@@ -33,13 +43,13 @@ const float* checked_map(Address address, const char* name) {
   return map;
 }
 
-// kinds: per tensor, bits 0-1 the parameter's dtype code, 2-3 the gradient's, 4: 8-bit state, 5: has a master.
-// absmax1, absmax2 and masters may be None where no tensor has them.
-void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads, const py::buffer& exp_avgs,
-           const py::buffer& exp_avg_sqs, const py::object& absmax1, const py::object& absmax2,
-           const py::object& masters, const py::buffer& steps, const py::buffer& numels, const py::buffer& kinds,
-           double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-           double grad_scale, Address map1, Address map2, Address seed) {
+// The lists of a call. kinds: per tensor, bits 0-1 the parameter's dtype code, 2-3 the gradient's, 4: 8-bit state,
+// 5: has a master. absmax1, absmax2 and masters may be None where no tensor has them.
+std::vector<AdamwTensor> read_lists(std::int64_t count, const py::buffer& params, const py::buffer& grads,
+                                    const py::buffer& exp_avgs, const py::buffer& exp_avg_sqs,
+                                    const py::object& absmax1, const py::object& absmax2, const py::object& masters,
+                                    const py::buffer& steps, const py::buffer& numels, const py::buffer& kinds,
+                                    bool has_maps) {
   const py::buffer_info infos[] = {params.request(), grads.request(),  exp_avgs.request(), exp_avg_sqs.request(),
                                    steps.request(),  numels.request(), kinds.request()};
   const auto* p = items<Address>(infos[0], count, "params");
@@ -58,17 +68,6 @@ void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads
     optional[i] = given[i]->cast<py::buffer>().request();
     extra[i] = items<Address>(optional[i], count, names[i]);
   }
-  AdamwOptions options{lr,
-                       beta1,
-                       beta2,
-                       eps,
-                       weight_decay,
-                       decoupled,
-                       maximize,
-                       grad_scale,
-                       checked_map(map1, "qmap1"),
-                       checked_map(map2, "qmap2"),
-                       reinterpret_cast<const std::int64_t*>(seed)};
   std::vector<AdamwTensor> tensors(static_cast<std::size_t>(count));
   for (std::int64_t i = 0; i < count; ++i) {
     AdamwTensor& t = tensors[std::size_t(i)];
@@ -76,14 +75,18 @@ void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads
     const bool bits8 = k[i] & 16, master = k[i] & 32;
     check(n[i] >= 0 && param_dtype < 3 && (grad_dtype == param_dtype || grad_dtype == int(DType::f32)), kOp,
           ": params[", i, "] has ", n[i], " values and kind ", int(k[i]));
-    check(!bits8 || (extra[0] && extra[1] && options.map1 && options.map2), kOp, ": exp_avgs[", i,
+    check(!bits8 || (extra[0] && extra[1] && has_maps), kOp, ": exp_avgs[", i,
           "] is 8-bit, expected absmax1, absmax2, qmap1 and qmap2 with it");
     check(!master || extra[2], kOp, ": params[", i, "] has a master, expected the table of masters");
     const std::int64_t blocks = bits8 ? (n[i] + kAdamwBlock - 1) / kAdamwBlock : 0;
-    t = {at<void>(p[i], n[i], "params", i),
-         at<const void>(g[i], n[i], "grads", i),
-         at<void>(m[i], n[i], "exp_avgs", i),
-         at<void>(v[i], n[i], "exp_avg_sqs", i),
+    const auto moments = [&](const Address* list, const char* name) {
+      return bits8 ? static_cast<void*>(at<std::uint8_t>(list[i], n[i], name, i))
+                   : static_cast<void*>(at<float>(list[i], n[i], name, i));
+    };
+    t = {at<void>(p[i], n[i], DType(param_dtype), "params", i),
+         at<const void>(g[i], n[i], DType(grad_dtype), "grads", i),
+         moments(m, "exp_avgs"),
+         moments(v, "exp_avg_sqs"),
          bits8 ? at<float>(extra[0][i], blocks, "absmax1", i) : nullptr,
          bits8 ? at<float>(extra[1][i], blocks, "absmax2", i) : nullptr,
          master ? at<float>(extra[2][i], n[i], "masters", i) : nullptr,
@@ -93,12 +96,90 @@ void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads
          DType(grad_dtype),
          bits8};
   }
+  return tensors;
+}
+
+void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads, const py::buffer& exp_avgs,
+           const py::buffer& exp_avg_sqs, const py::object& absmax1, const py::object& absmax2,
+           const py::object& masters, const py::buffer& steps, const py::buffer& numels, const py::buffer& kinds,
+           double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+           Address map1, Address map2, Address seed, double grad_scale) {
+  const AdamwOptions options{lr,
+                             beta1,
+                             beta2,
+                             eps,
+                             weight_decay,
+                             decoupled,
+                             maximize,
+                             grad_scale,
+                             checked_map(map1, "qmap1"),
+                             checked_map(map2, "qmap2"),
+                             reinterpret_cast<const std::int64_t*>(seed)};
+  const auto tensors = read_lists(count, params, grads, exp_avgs, exp_avg_sqs, absmax1, absmax2, masters, steps, numels,
+                                  kinds, options.map1 != nullptr && options.map2 != nullptr);
   const py::gil_scoped_release release;
   adamw_cpu(tensors.data(), count, options);
 }
 
+#if defined(PYFASTPEFT_WITH_CUDA)
+// What the host knows of a table in device memory; one call at a time works on it.
+struct Table {
+  AdamwTableContent content;
+  std::mutex mutex;
+};
+
+template <typename T>
+T* optional(Address address, std::int64_t numel, const char* name) {
+  return address == 0 ? nullptr : pointer<T>(address, numel, kOp, name);
+}
+
+// As adamw, on the GPU: maps, seed and the scalars behind lr_tensor, grad_scale and found_inf (0: none) lie there.
+void adamw_on_cuda(std::int64_t count, const py::buffer& params, const py::buffer& grads, const py::buffer& exp_avgs,
+                   const py::buffer& exp_avg_sqs, const py::object& absmax1, const py::object& absmax2,
+                   const py::object& masters, const py::buffer& steps, const py::buffer& numels,
+                   const py::buffer& kinds, double lr, double beta1, double beta2, double eps, double weight_decay,
+                   bool decoupled, bool maximize, Address map1, Address map2, Address seed, Address lr_tensor,
+                   bool lr_is_f64, Address grad_scale, Address found_inf, Table& content, Address table,
+                   std::int64_t table_words, int multiprocessors, int device, Address stream) {
+  check((map1 != 0) == (map2 != 0), kOp, ": qmap1 and qmap2 are given together or not at all");
+  check(table_words == adamw_table_words(count), kOp, ": the table has ", table_words, " words, expected ",
+        adamw_table_words(count), " for ", count, " tensors");
+  check(multiprocessors > 0, kOp, ": the device has ", multiprocessors, " multiprocessors");
+  const AdamwOptions options{lr,
+                             beta1,
+                             beta2,
+                             eps,
+                             weight_decay,
+                             decoupled,
+                             maximize,
+                             1.0,
+                             optional<const float>(map1, 256, "qmap1"),
+                             optional<const float>(map2, 256, "qmap2"),
+                             optional<const std::int64_t>(seed, 1, "rounding_seed")};
+  const AdamwDeviceScalars scalars{
+      lr_is_f64 ? static_cast<const void*>(optional<const double>(lr_tensor, 1, "lr_tensor"))
+                : static_cast<const void*>(optional<const float>(lr_tensor, 1, "lr_tensor")),
+      lr_is_f64, optional<const float>(grad_scale, 1, "grad_scale"), optional<const float>(found_inf, 1, "found_inf")};
+  const auto tensors = read_lists(count, params, grads, exp_avgs, exp_avg_sqs, absmax1, absmax2, masters, steps, numels,
+                                  kinds, options.map1 != nullptr);
+  auto* words = pointer<std::uint64_t>(table, table_words, kOp, "table");
+  const py::gil_scoped_release release;
+  const std::lock_guard<std::mutex> lock(content.mutex);
+  const DeviceGuard guard(device, kOp);
+  adamw_cuda(tensors.data(), count, options, scalars, words, content.content, multiprocessors,
+             reinterpret_cast<void*>(stream));
+}
+#endif
+
 }  // namespace
 
-void register_adamw(py::module_& m) { m.def("adamw_cpu", &adamw); }
+void register_adamw(py::module_& m) {
+  m.def("adamw_cpu", &adamw);
+#if defined(PYFASTPEFT_WITH_CUDA)
+  py::class_<Table>(m, "AdamwTable", py::module_local()).def(py::init<>());
+  m.def("adamw_table_words", &adamw_table_words);
+  m.def("adamw_cuda", &adamw_on_cuda);
+#endif
+}
 
 }  // namespace pyfastpeft

@@ -5,7 +5,6 @@
 #include <memory>
 #include <vector>
 
-#include "adamw/adamw.h"
 #include "adamw/adamw_kernel.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
@@ -34,32 +33,15 @@ const AdamwKernels& kernels() {
   return kScalar;
 }
 
-AdamwCoefficients coefficients(const AdamwOptions& o, double step) {
-  AdamwCoefficients c;
-  c.grad_factor = float(o.maximize ? -1.0 / o.grad_scale : 1.0 / o.grad_scale);
-  c.decay = o.decoupled ? float(1.0 - o.lr * o.weight_decay) : 1.0f;
-  c.l2 = o.decoupled ? 0.0f : float(o.weight_decay);
-  c.lerp1 = float(1.0 - o.beta1);
-  c.beta2 = float(o.beta2);
-  c.one_minus_beta2 = float(1.0 - o.beta2);
-  c.correction2_sqrt = float(std::sqrt(1.0 - std::pow(o.beta2, step)));
-  c.eps = float(o.eps);
-  c.negative_step_size = float(-(o.lr / (1.0 - std::pow(o.beta1, step))));
-  return c;
-}
-
-// The largest float not above a double: comparing a float with it is comparing with the double.
-float round_down(double x) {
-  const float nearest = float(x);
-  return double(nearest) > x ? std::nextafter(nearest, -std::numeric_limits<float>::infinity()) : nearest;
+AdamwCoefficients coefficients(const AdamwOptions& options, double step) {
+  return adamw_coefficients(options, step, [](double a, double b) { return a * b; });
 }
 
 std::unique_ptr<AdamwMap> make_map(const float* levels) {
   auto map = std::make_unique<AdamwMap>();
   for (int c = 0; c < 256; ++c) {
     map->level[c] = levels[c];
-    map->threshold[c] = c == 255 ? std::numeric_limits<float>::infinity()
-                                 : round_down((double(levels[c]) + double(levels[c + 1])) * 0.5);
+    map->threshold[c] = c == 255 ? std::numeric_limits<float>::infinity() : adamw_threshold(levels[c], levels[c + 1]);
   }
   const auto code_of = [&](float x) {
     return std::uint8_t(std::lower_bound(map->threshold, map->threshold + 255, x) - map->threshold);
@@ -74,23 +56,10 @@ std::unique_ptr<AdamwMap> make_map(const float* levels) {
 }
 
 bf16 round_stochastically(float x, std::uint32_t random, bf16*) {
-  const std::uint32_t bits = f32_to_bits(x);
-  if ((bits & 0x7fffffffu) >= 0x7f7f0000u) return from_f32<bf16>(x);  // at the largest finite value or beyond
-  return {std::uint16_t((bits + (random & 0xffffu)) >> 16)};
+  return adamw_beyond_bf16(x) ? from_f32<bf16>(x) : bf16{adamw_stochastic_bf16(x, random)};
 }
-
 f16 round_stochastically(float x, std::uint32_t random, f16*) {
-  const std::uint32_t bits = f32_to_bits(x), a = bits & 0x7fffffffu;
-  const std::uint16_t sign = std::uint16_t((bits >> 16) & 0x8000u);
-  if (a >= 0x477fe000u) return from_f32<f16>(x);  // at the largest finite value or beyond
-  if (a >= 0x38800000u) return {std::uint16_t(sign | ((a - 0x38000000u + (random & 0x1fffu)) >> 13))};
-  // subnormal: mantissa · 2^-shift in units of 2^-24
-  const std::uint32_t exponent = a >> 23, shift = 126 - std::max(exponent, 1u);
-  const std::uint64_t mantissa = (a & 0x7fffffu) | (exponent ? 0x800000u : 0u);
-  if (shift > 56) return {sign};
-  const std::uint64_t units = shift <= 32 ? (mantissa + (random & ((std::uint64_t(1) << shift) - 1))) >> shift
-                                          : ((mantissa >> (shift - 32)) + random) >> 32;
-  return {std::uint16_t(sign | units)};
+  return adamw_beyond_f16(x) ? from_f32<f16>(x) : f16{adamw_stochastic_f16(x, random)};
 }
 
 template <typename T>

@@ -7,22 +7,10 @@
 
 #include <algorithm>
 
-#include "adamw/adamw.h"
+#include "adamw/adamw_math.h"
 #include "common/vec.h"
 
 namespace pyfastpeft {
-
-// The scalars of one tensor's step, rounded to fp32 where torch rounds them.
-struct AdamwCoefficients {
-  float grad_factor;  // 1 / grad_scale, negated to maximize
-  float decay;        // 1 - lr · weight_decay, or 1
-  float l2;           // weight_decay added to the gradient, or 0
-  float lerp1;        // 1 - beta1
-  float beta2, one_minus_beta2;
-  float correction2_sqrt;  // sqrt(1 - beta2^step)
-  float eps;
-  float negative_step_size;  // -lr / (1 - beta1^step)
-};
 
 // Exact nearest code of an 8-bit map, ties to the lower: the number of thresholds strictly below x.
 // threshold[c] is the midpoint of levels c and c + 1 rounded down, which compares like the midpoint itself. The top 16

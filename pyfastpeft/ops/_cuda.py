@@ -30,3 +30,13 @@ def target(tensor: torch.Tensor, op: str) -> Target:
 def capability(tensor: torch.Tensor) -> tuple[int, int]:
     """The compute capability of the GPU that `tensor` is on; (9, 0) where the host executor stands in for one."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """How many multiprocessors the GPU that `tensor` is on has; 2 where the host executor stands in for one."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether calls on the device of `tensor` are being captured in a CUDA graph instead of run."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from operator import eq
 
 import torch
 
 from pyfastpeft._native import _C
+from pyfastpeft.ops import _cuda
 from pyfastpeft.ops._library import DTYPE_CODES, LIBRARY, dtype_code, register_op
 from pyfastpeft.reference.adamw import BLOCK
 from pyfastpeft.reference.nf4 import dynamic_map
@@ -26,6 +29,7 @@ _numel = torch.Tensor.numel
 _is_contiguous = torch.Tensor.is_contiguous
 _shape = torch.Tensor.shape.__get__
 _dtype = torch.Tensor.dtype.__get__
+_device = torch.Tensor.device.__get__
 
 _BITS8, _MASTER = 16, 32  # csrc/adamw/adamw_bind.cpp: kinds
 
@@ -145,15 +149,49 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> array | None:
     return array("Q", map(_data_ptr, tensors)) if tensors else None
 
 
-def _adamw_cpu(
-    params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters, *,
-    lr, beta1, beta2, eps, weight_decay, decoupled, maximize, state_bits,
-    qmap1=None, qmap2=None, lr_tensor=None, grad_scale=None, found_inf=None, rounding_seed=None,
-) -> None:  # fmt: skip
+@cache
+def standard_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The signed and the unsigned dynamic map, one copy on each device for all parameters."""
+    return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)
+
+
+def _check_devices(lists: dict[str, Sequence[torch.Tensor]], scalars: dict[str, torch.Tensor | None]) -> None:
+    """Everything lies where params[0] does; a learning rate may also be a CPU tensor, which is read at the call."""
+    expected = lists["params"][0].device
+    for name, tensors in lists.items():
+        if set(map(_device, tensors)) - {expected}:
+            i = next(i for i, t in enumerate(tensors) if t.device != expected)
+            raise ValueError(
+                f"adamw_: {name}[{i}] is on {tensors[i].device}, expected params[0]'s {expected}; move it with .to()"
+            )
+    for name, tensor in scalars.items():
+        if (
+            tensor is not None
+            and tensor.device != expected
+            and not (name == "lr_tensor" and tensor.device.type == "cpu")
+        ):
+            raise ValueError(f"adamw_: {name} is on {tensor.device}, expected the parameters' {expected}")
+
+
+def _prepare(
+    params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters,
+    state_bits, qmap1, qmap2, lr_tensor, grad_scale, found_inf, rounding_seed,
+):  # fmt: skip
+    """All checks; (the binding's arguments for the lists, qmap1, qmap2), or None where there is nothing to do."""
     kinds = _kinds(params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters, state_bits)
     _check_scalars(qmap1, qmap2, lr_tensor, grad_scale, found_inf, rounding_seed)
     if not params:
-        return
+        return None
+    _check_devices(
+        {
+            "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps,
+            "absmax1": absmax1, "absmax2": absmax2, "masters": masters,
+        },
+        {
+            "qmap1": qmap1, "qmap2": qmap2, "lr_tensor": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf,
+            "rounding_seed": rounding_seed,
+        },
+    )  # fmt: skip
     addresses = _addresses(params)
     numels = array("q", map(_numel, params))
     if len(set(addresses)) != len(params):
@@ -164,22 +202,95 @@ def _adamw_cpu(
                     f"adamw_: params[{i}] is the same memory as params[{seen[address]}], expected each tensor once; "
                     "pass a shared weight once, with the sum of its gradients"
                 )
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    qmap1 = dynamic_map(True) if qmap1 is None and absmax1 else qmap1
-    qmap2 = dynamic_map(False) if qmap2 is None and absmax2 else qmap2
-    qmap1, qmap2 = (None if m is None else m.contiguous() for m in (qmap1, qmap2))
-    for written in (params, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters):
-        if written:
-            torch.autograd.graph.increment_version(written)
-    _C.adamw_cpu(
+    if absmax1:
+        standard = standard_maps(params[0].device)
+        qmap1 = standard[0] if qmap1 is None else qmap1.contiguous()
+        qmap2 = standard[1] if qmap2 is None else qmap2.contiguous()
+    else:
+        qmap1 = qmap2 = None
+    tables = (
         len(params), addresses, _addresses(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs),
         _addresses(absmax1), _addresses(absmax2), _addresses(masters), _addresses(steps), numels, kinds,
-        lr if lr_tensor is None else lr_tensor.item(), beta1, beta2, eps, weight_decay, decoupled, maximize,
-        1.0 if grad_scale is None else grad_scale.item(),
-        0 if qmap1 is None else qmap1.data_ptr(), 0 if qmap2 is None else qmap2.data_ptr(),
-        0 if rounding_seed is None else rounding_seed.data_ptr(),
     )  # fmt: skip
+    return tables, qmap1, qmap2
+
+
+def _mark_written(*lists: Sequence[torch.Tensor]) -> None:
+    for written in lists:
+        if written:
+            torch.autograd.graph.increment_version(written)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _adamw_cpu(
+    params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters, *,
+    lr, beta1, beta2, eps, weight_decay, decoupled, maximize, state_bits,
+    qmap1=None, qmap2=None, lr_tensor=None, grad_scale=None, found_inf=None, rounding_seed=None,
+) -> None:  # fmt: skip
+    prepared = _prepare(
+        params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters,
+        state_bits, qmap1, qmap2, lr_tensor, grad_scale, found_inf, rounding_seed,
+    )  # fmt: skip
+    if prepared is None or (found_inf is not None and found_inf.item() != 0):
+        return
+    tables, qmap1, qmap2 = prepared
+    _mark_written(params, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters)
+    _C.adamw_cpu(
+        *tables, lr if lr_tensor is None else lr_tensor.item(), beta1, beta2, eps, weight_decay, decoupled, maximize,
+        _address(qmap1), _address(qmap2), _address(rounding_seed), 1.0 if grad_scale is None else grad_scale.item(),
+    )  # fmt: skip
+
+
+def _adamw_cuda(
+    params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters, *,
+    lr, beta1, beta2, eps, weight_decay, decoupled, maximize, state_bits,
+    qmap1=None, qmap2=None, lr_tensor=None, grad_scale=None, found_inf=None, rounding_seed=None,
+) -> None:  # fmt: skip
+    prepared = _prepare(
+        params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters,
+        state_bits, qmap1, qmap2, lr_tensor, grad_scale, found_inf, rounding_seed,
+    )  # fmt: skip
+    if prepared is None:
+        return
+    tables, qmap1, qmap2 = prepared
+    if lr_tensor is not None and lr_tensor.device != params[0].device:
+        lr, lr_tensor = lr_tensor.item(), None  # on the CPU: nothing to wait for
+    target = _cuda.target(params[0], "adamw_")
+    table, content = _device_table(params[0], tables, target)
+    _mark_written(params, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters)
+    target.module.adamw_cuda(
+        *tables, lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
+        _address(qmap1), _address(qmap2), _address(rounding_seed), _address(lr_tensor),
+        lr_tensor is not None and lr_tensor.dtype == torch.float64, _address(grad_scale), _address(found_inf),
+        content, table.data_ptr(), table.numel(), _cuda.multiprocessors(params[0]), target.device, target.stream,
+    )  # fmt: skip
+
+
+# The kernel's list of tensors lies in device memory. For a list that comes again it is kept, with the knowledge of what
+# it holds, and only what changed is sent. A captured call gets a table of its own, filled within the graph: the kept one
+# may hold other lists when the graph runs.
+_KEPT_TABLES = 64
+_tables: OrderedDict[tuple, tuple] = OrderedDict()
+
+
+def _device_table(param: torch.Tensor, tables: tuple, target: _cuda.Target) -> tuple:
+    count, addresses = tables[:2]
+
+    def new() -> tuple:
+        words = target.module.adamw_table_words(count)
+        return torch.empty(words, dtype=torch.int64, device=param.device), target.module.AdamwTable()
+
+    if _cuda.is_capturing(param):
+        return new()
+    key = (target, count, addresses[0])  # one for each stream: on another the table may still be in use
+    kept = _tables.pop(key, None) or new()
+    _tables[key] = kept
+    while len(_tables) > _KEPT_TABLES:
+        _tables.popitem(last=False)
+    return kept
 
 
 def _adamw_fake(
@@ -191,7 +302,7 @@ def _adamw_fake(
     _check_scalars(qmap1, qmap2, lr_tensor, grad_scale, found_inf, rounding_seed)
 
 
-_op = register_op(" ".join(_SCHEMA.split()).replace("( ", "("), cpu=_adamw_cpu, fake=_adamw_fake)
+_op = register_op(" ".join(_SCHEMA.split()).replace("( ", "("), cpu=_adamw_cpu, cuda=_adamw_cuda, fake=_adamw_fake)
 # An update has no derivative; without this torch walks all tensors once more to say so.
 LIBRARY.impl("adamw_", torch.library.fallthrough_kernel, "Autograd")
 
@@ -234,7 +345,7 @@ def adamw_(
                  tensor where its state is float32)
     masters      float32 weights that low-precision parameters are rounded copies of; no list, or an entry for each
                  (empty: none)
-    lr           a number, or a tensor of one value (read at the call)
+    lr           a number, or a tensor of one value: on the CPU it is read at the call, on the parameters' GPU by the kernel
     decoupled    True: weight decay as above; False: L2, g ← g + weight_decay · p
     maximize     ascend
     state_bits   32: every state is float32; 8: states may be 8-bit
@@ -244,8 +355,12 @@ def adamw_(
     rounding_seed   int64 [1]: bfloat16 and float16 parameters without a master are rounded stochastically, by Philox
                  of (seed, position, index in the list); None: to nearest
 
+    On a GPU everything lies there (only lr may be on the CPU), all parameters are updated in one launch, nothing waits
+    for the device, and the call can be captured in a CUDA graph: lr, grad_scale, found_inf and rounding_seed are read
+    whenever the graph runs.
+
     All arithmetic is fp32 in the order of torch's own single-tensor implementation; the result does not depend on the
-    thread count or the instruction set. NaN and infinity go where torch's would go; an 8-bit block that meets one
+    thread count, the instruction set or the device. NaN and infinity go where torch's would go; an 8-bit block that meets one
     becomes NaN as a whole.
 
     Raises ValueError for lists, shapes or layouts that do not fit, TypeError for dtypes.

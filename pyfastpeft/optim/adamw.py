@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import cache
 from itertools import chain
 from typing import Any
 
 import torch
 
 from pyfastpeft.ops._library import DTYPE_CODES
-from pyfastpeft.ops.adamw import adamw_
+from pyfastpeft.ops.adamw import adamw_, standard_maps
 from pyfastpeft.optim.adamw_state import state_for
 from pyfastpeft.reference.adamw import BLOCK
-from pyfastpeft.reference.nf4 import dynamic_map
 
 MIN_8BIT_NUMEL = 4096  # smaller tensors keep fp32 state (formats.md, and bitsandbytes' min_8bit_size)
-
-
-@cache
-def standard_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The signed and the unsigned dynamic map, one copy on each device for all parameters."""
-    return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -127,6 +127,7 @@ def _helpers(module: types.ModuleType) -> dict[str, Callable]:
         "target": target,
         "multiprocessors": lambda *args: 4,
         "capability": lambda *args: (9, 0),
+        "is_capturing": lambda *args: False,
     }
 
 

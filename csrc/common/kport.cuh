@@ -139,6 +139,18 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const std::uint32_t 
 #endif
 }
 
+// max(largest, |v|), NaN when either is: fmaxf drops NaN.
+__device__ __forceinline__ float max_magnitude(float largest, float v) {
+#if defined(PYFASTPEFT_BEFORE_SM80)  // as integers, magnitudes order like numbers, and NaN above infinity
+  const unsigned a = __float_as_uint(largest) & 0x7fffffffu, b = __float_as_uint(v) & 0x7fffffffu;
+  return __uint_as_float(a > b ? a : b);
+#else
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(result) : "f"(largest), "f"(fabsf(v)));
+  return result;
+#endif
+}
+
 }  // namespace kp
 }  // namespace pyfastpeft
 #endif  // PYFASTPEFT_EMULATED

@@ -42,7 +42,7 @@ void nf4_quantize_cuda(const void* weight,      // [n] of `dtype`; this and what
                        QuantType type,          //
                        std::uint8_t* packed,    // [packed_bytes(n)]
                        float* absmax,           // [block_count(n, blocksize)]
-                       std::int64_t* bad,       // [1]
+                       std::int64_t* bad,       // [1], or null: then the codes of blocks with such values mean nothing
                        void* stream);           // cudaStream_t
 
 // Double quantisation of the blocks' absmax: d = absmax - offset in blocks of 256, nested_absmax = max |d|,
@@ -54,6 +54,17 @@ std::int64_t nf4_quantize_absmax_cpu(const float* absmax,      // [blocks]
                                      const float* nested_map,  // [256] ascending
                                      std::uint8_t* codes,      // [blocks]
                                      float* nested_absmax);    // [ceil(blocks / 256)]
+
+// Enqueues the same on the current CUDA device, and the map's copy; *bad as in nf4_quantize_cuda.
+void nf4_quantize_absmax_cuda(const float* absmax,    // [blocks]; in device memory, as what follows but host_map
+                              std::int64_t blocks,    //
+                              const float* offset,    // [1] mean of absmax
+                              const float* host_map,  // [256] ascending, in the host's memory: read before this returns
+                              std::uint8_t* codes,    // [blocks]
+                              float* nested_absmax,   // [ceil(blocks / 256)]
+                              float* nested_map,      // [256] host_map on the device
+                              std::int64_t* bad,      // [1] or null
+                              void* stream);          // cudaStream_t
 
 // out[i] = table[code(i)] · absmax(i / blocksize) in fp32, rounded once to out_dtype (to nearest even).
 void nf4_dequantize_cpu(const std::uint8_t* packed,  // [packed_bytes(n)]

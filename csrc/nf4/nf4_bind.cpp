@@ -39,7 +39,7 @@ std::int64_t quantize(Address weight, int dtype, std::int64_t n, std::int64_t bl
 void quantize_cuda(Address weight, int dtype, std::int64_t n, std::int64_t blocksize, const std::string& type,
                    Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel, Address bad,
                    int device, Address stream) {
-  auto* first_bad = pointer<std::int64_t>(bad, 1, "quantize_4bit", "bad");
+  auto* first_bad = bad == 0 ? nullptr : pointer<std::int64_t>(bad, 1, "quantize_4bit", "bad");
   checked_quantize(weight, dtype, n, blocksize, type, packed, packed_numel, absmax, absmax_numel, [&](auto... args) {
     const DeviceGuard guard(device, "quantize_4bit");
     nf4_quantize_cuda(args..., first_bad, reinterpret_cast<void*>(stream));
@@ -47,21 +47,54 @@ void quantize_cuda(Address weight, int dtype, std::int64_t n, std::int64_t block
 }
 #endif
 
-std::int64_t quantize_absmax(Address absmax, std::int64_t blocks, float offset, Address nested_map,
-                             std::int64_t map_numel, Address codes, std::int64_t codes_numel, Address nested_absmax,
-                             std::int64_t nested_numel) {
+// What Python hands over for double quantisation; the map lies in the host's memory on every device.
+struct QuantizeAbsmax {
+  const float* absmax;
+  std::int64_t blocks;
+  const float* map;
+  std::uint8_t* codes;
+  float* nested_absmax;
+};
+
+QuantizeAbsmax checked_quantize_absmax(Address absmax, std::int64_t blocks, Address host_map, std::int64_t map_numel,
+                                       Address codes, std::int64_t codes_numel, Address nested_absmax,
+                                       std::int64_t nested_numel) {
   const char* op = "quantize_absmax";
   check_count(map_numel, kNestedMapSize, op, "nested_map", "the entries of an 8-bit map");
   check_count(codes_numel, blocks, op, "codes", "one per absmax");
   check_count(nested_numel, block_count(blocks, kNestedBlocksize), op, "nested_absmax",
               message("ceil(", blocks, " / 256)"));
-  const auto* a = pointer<float>(absmax, blocks, op, "absmax");
-  const auto* map = pointer<float>(nested_map, map_numel, op, "nested_map");
-  auto* c = pointer<std::uint8_t>(codes, codes_numel, op, "codes");
-  auto* nested = pointer<float>(nested_absmax, nested_numel, op, "nested_absmax");
-  const py::gil_scoped_release release;
-  return nf4_quantize_absmax_cpu(a, blocks, offset, map, c, nested);
+  return {pointer<const float>(absmax, blocks, op, "absmax"), blocks,
+          pointer<const float>(host_map, map_numel, op, "nested_map"),
+          pointer<std::uint8_t>(codes, codes_numel, op, "codes"),
+          pointer<float>(nested_absmax, nested_numel, op, "nested_absmax")};
 }
+
+std::int64_t quantize_absmax(Address absmax, std::int64_t blocks, float offset, Address nested_map,
+                             std::int64_t map_numel, Address codes, std::int64_t codes_numel, Address nested_absmax,
+                             std::int64_t nested_numel) {
+  const QuantizeAbsmax q =
+      checked_quantize_absmax(absmax, blocks, nested_map, map_numel, codes, codes_numel, nested_absmax, nested_numel);
+  const py::gil_scoped_release release;
+  return nf4_quantize_absmax_cpu(q.absmax, blocks, offset, q.map, q.codes, q.nested_absmax);
+}
+
+#if defined(PYFASTPEFT_WITH_CUDA)
+void quantize_absmax_cuda(Address absmax, std::int64_t blocks, Address offset, Address host_map, std::int64_t map_numel,
+                          Address codes, std::int64_t codes_numel, Address nested_absmax, std::int64_t nested_numel,
+                          Address nested_map, Address bad, int device, Address stream) {
+  const char* op = "quantize_absmax";
+  const QuantizeAbsmax q =
+      checked_quantize_absmax(absmax, blocks, host_map, map_numel, codes, codes_numel, nested_absmax, nested_numel);
+  const auto* mean = pointer<const float>(offset, 1, op, "offset");
+  auto* map = pointer<float>(nested_map, kNestedMapSize, op, "nested_map");
+  auto* first_bad = bad == 0 ? nullptr : pointer<std::int64_t>(bad, 1, op, "bad");
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(device, op);
+  nf4_quantize_absmax_cuda(q.absmax, blocks, mean, q.map, q.codes, q.nested_absmax, map, first_bad,
+                           reinterpret_cast<void*>(stream));
+}
+#endif
 
 // What Python hands over of a quantised weight and of the tensor it is decoded into.
 struct Dequantize {
@@ -95,7 +128,7 @@ void checked_dequantize(const Dequantize& d, Launch launch) {
   const Nf4Absmax scales =
       checked_absmax(d.absmax, d.absmax_numel, d.nested_absmax, d.nested_numel, d.nested_map, d.map_numel, d.offset,
                      blocks, message("ceil(", d.n, " / blocksize ", d.blocksize, ")"), op);
-  const auto* p = pointer<std::uint8_t>(d.packed, d.packed_numel, op, "packed");
+  const auto* p = pointer<const std::uint8_t>(d.packed, d.packed_numel, op, "packed");
   void* o = pointer<void>(d.out, d.out_numel, out_dtype, op, "out");
   const py::gil_scoped_release release;
   launch(p, scales, d.n, d.blocksize, quant, out_dtype, o);
@@ -149,6 +182,9 @@ void register_nf4(py::module_& m) {
         py::arg("map_numel"), py::arg("offset"), py::arg("n"), py::arg("blocksize"), py::arg("quant_type"),
         py::arg("dtype"), py::arg("out"), py::arg("out_numel"));
 #if defined(PYFASTPEFT_WITH_CUDA)
+  m.def("nf4_quantize_absmax_cuda", &quantize_absmax_cuda, py::arg("absmax"), py::arg("blocks"), py::arg("offset"),
+        py::arg("host_map"), py::arg("map_numel"), py::arg("codes"), py::arg("codes_numel"), py::arg("nested_absmax"),
+        py::arg("nested_numel"), py::arg("nested_map"), py::arg("bad"), py::arg("device"), py::arg("stream"));
   m.def("nf4_dequantize_cuda", &dequantize_cuda, py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"),
         py::arg("absmax_numel"), py::arg("nested_absmax"), py::arg("nested_numel"), py::arg("nested_map"),
         py::arg("map_numel"), py::arg("offset"), py::arg("n"), py::arg("blocksize"), py::arg("quant_type"),

@@ -41,12 +41,12 @@ inline Nf4Absmax checked_absmax(Address absmax, std::int64_t absmax_numel, Addre
     check_count(nested_numel, block_count(blocks, kNestedBlocksize), op, "nested_absmax",
                 message("ceil(", blocks, " blocks / 256)"));
     check_count(map_numel, kNestedMapSize, op, "nested_map", "the entries of an 8-bit map");
-    scales.codes = pointer<std::uint8_t>(absmax, absmax_numel, op, "absmax");
-    scales.nested_absmax = pointer<float>(nested_absmax, nested_numel, op, "nested_absmax");
-    scales.nested_map = pointer<float>(nested_map, map_numel, op, "nested_map");
-    scales.offset = pointer<float>(offset, 1, op, "offset");
+    scales.codes = pointer<const std::uint8_t>(absmax, absmax_numel, op, "absmax");
+    scales.nested_absmax = pointer<const float>(nested_absmax, nested_numel, op, "nested_absmax");
+    scales.nested_map = pointer<const float>(nested_map, map_numel, op, "nested_map");
+    scales.offset = pointer<const float>(offset, 1, op, "offset");
   } else {
-    scales.plain = pointer<float>(absmax, absmax_numel, op, "absmax");
+    scales.plain = pointer<const float>(absmax, absmax_numel, op, "absmax");
   }
   return scales;
 }

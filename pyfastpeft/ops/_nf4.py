@@ -77,20 +77,20 @@ def check_flat(packed, absmax, nested_absmax, nested_map, offset, op: str = "deq
         raise ValueError(f"{op}: offset has {offset.numel()} values, expected 1")
 
 
-def dequantize_arguments(
-    packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, out
-) -> tuple[tuple, tuple]:
-    """The arguments of nf4_dequantize_* up to the device, and the tensors that must outlive the call."""
+def dequantize_into(
+    launch, where, out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
+) -> None:
+    """out = the weight, by `launch`: the CPU's binding, or the GPU's with `where` = (device, stream)."""
     check_flat(packed, absmax, nested_absmax, nested_map, offset)
+    # named, so that a copy made by .contiguous() outlives the call
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if offset is not None:
         nested_absmax, nested_map = nested_absmax.contiguous(), nested_map.contiguous()
-    arguments = (
+    launch(
         packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel(), _ptr(nested_absmax), _numel(nested_absmax),
         _ptr(nested_map), _numel(nested_map), _ptr(offset), math.prod(shape), blocksize, quant_type,
-        dtype_code(dtype, "dequantize_4bit", "the output"), out.data_ptr(), out.numel(),
+        dtype_code(dtype, "dequantize_4bit", "the output"), out.data_ptr(), out.numel(), *where,
     )  # fmt: skip
-    return arguments, (packed, absmax, nested_absmax, nested_map, offset, out)
 
 
 def check_out(out: torch.Tensor, packed: torch.Tensor, shape, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from pyfastpeft.ops._nf4 import (
     check_flat,
     check_out,
     check_weight,
-    dequantize_arguments,
+    dequantize_into,
     not_finite,
 )
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
@@ -88,18 +88,25 @@ def _quantize_absmax_fake(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     )
 
 
-def _dequantize_into(out: torch.Tensor, *flat) -> None:
-    arguments, alive = dequantize_arguments(*flat, out)
-    _C.nf4_dequantize_cpu(*arguments)
-    del alive
-
-
 def _dequantize_cpu(
     packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
 ) -> torch.Tensor:
     dtype_code(dtype, "dequantize_4bit", "the output")
     out = torch.empty(shape, dtype=dtype)
-    _dequantize_into(out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
+    dequantize_into(
+        _C.nf4_dequantize_cpu,
+        (),
+        out,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_map,
+        offset,
+        blocksize,
+        quant_type,
+        shape,
+        dtype,
+    )
     return out
 
 
@@ -116,7 +123,7 @@ def _dequantize_out_cpu(
     check_out(out, packed, shape, dtype)
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
     if out.is_contiguous():
-        _dequantize_into(out, *flat)
+        dequantize_into(_C.nf4_dequantize_cpu, (), out, *flat)
         torch.autograd.graph.increment_version(out)
     else:
         out.copy_(_dequantize_cpu(*flat))

@@ -15,7 +15,7 @@ from pyfastpeft.ops._nf4 import (
     check_absmax,
     check_out,
     check_weight,
-    dequantize_arguments,
+    dequantize_into,
     not_finite,
 )
 from pyfastpeft.reference.nf4 import NESTED_BLOCKSIZE, dynamic_map
@@ -90,10 +90,8 @@ def quantize_absmax(check_finite: bool):
 
 
 def _dequantize_into(out: torch.Tensor, *flat) -> None:
-    arguments, alive = dequantize_arguments(*flat, out)
     module, device, stream = target(out, "dequantize_4bit")
-    module.nf4_dequantize_cuda(*arguments, device, stream)
-    del alive
+    dequantize_into(module.nf4_dequantize_cuda, (device, stream), out, *flat)
 
 
 def dequantize(packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype) -> torch.Tensor:

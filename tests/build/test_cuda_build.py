@@ -73,7 +73,7 @@ def test_the_binding_reports_a_missing_driver_and_bad_arguments():
     for wrong, message in (
         ({"blocksize": 48}, "blocksize is 48"),
         ({"weight": 0}, "weight has no memory"),
-        ({"bad": 0}, "bad has no"),
+        ({"packed": 0}, "packed has no memory"),
     ):
         with pytest.raises(ValueError, match=message):
             _native._C.nf4_quantize_cuda(**{**arguments, **wrong})

@@ -38,5 +38,9 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_
   ::emu::mma_m16n8k16(d, a, b, std::is_same<T, __nv_bfloat16>::value, site);
 }
 
+EMU_INLINE float max_magnitude(float largest, float v) {
+  return std::isnan(largest) || std::isnan(v) ? std::nanf("") : std::fmax(largest, std::fabs(v));
+}
+
 }  // namespace kp
 }  // namespace pyfastpeft

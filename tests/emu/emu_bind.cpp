@@ -18,6 +18,7 @@ void register_common(py::module_& m) {
   m.def("emu_first_unwritten", &emu::first_unwritten, py::arg("begin"), py::arg("bytes"));
   m.def("emu_forget_fresh", &emu::forget_fresh);
   m.def("emu_launches", &emu::launches);
+  m.def("emu_seconds", &emu::seconds);
   m.def("emu_raise_reports", [] {
     if (const std::string found = emu::take_reports(); !found.empty()) throw emu::Report(found);
   });

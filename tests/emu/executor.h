@@ -51,6 +51,7 @@ std::string kernel_name(const void* entry);
 std::string short_path(const std::string& path);
 
 std::vector<std::pair<std::string, std::uint64_t>> launches();  // how often each kernel was launched
+double seconds();                                               // spent in them
 
 // ---- reports ---------------------------------------------------------------------------------------------------------
 [[gnu::format(printf, 1, 2)]] void note(const char* format, ...);  // reports, and goes on
@@ -143,9 +144,9 @@ struct Access {         // who touched a byte; 16 bytes
   std::uint16_t thread, clock;
   std::uint32_t epoch : 30, atomic : 1, in_flight : 1;
 };
-// The last write; the last read, the last by another thread and the last by another warp or block.
+// The last write, the last read, and before that the last by another lane of its warp, another warp, another block.
 struct Shadow {
-  Access write, read, other_thread, other_warp;
+  Access write, read, other_lane, other_warp, other_block;
 };
 
 struct Buffer {  // a registered range

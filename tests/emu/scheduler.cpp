@@ -1,4 +1,5 @@
 // Runs a launch: blocks one after the other, the threads of a block as fibers that switch at barriers and collectives.
+#include <chrono>
 #include <map>
 #include <mutex>
 
@@ -26,6 +27,7 @@ bool gave_up = false, exit_reported = false;
 unsigned spins = 0;
 std::uint64_t random_state = 0;
 std::uint32_t warp_priority[kMaxWarps];
+std::chrono::duration<double> spent{};
 std::map<const void*, std::uint64_t> launched;  // by the kernel's entry
 
 Fiber* next_ready() {
@@ -157,6 +159,8 @@ std::vector<std::pair<std::string, std::uint64_t>> launches() {
   return result;
 }
 
+double seconds() { return spent.count(); }
+
 std::uint64_t random_bits() {
   random_state ^= random_state << 13;
   random_state ^= random_state >> 7;
@@ -224,7 +228,11 @@ void launch(const Launch& l) {
   block.launch = l;
   current = &launcher;
   const struct End {
-    ~End() { current = nullptr; }
+    std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+    ~End() {
+      current = nullptr;
+      spent += std::chrono::steady_clock::now() - begin;
+    }
   } end;
   gave_up = exit_reported = false;
   check_configuration(l);

@@ -87,14 +87,15 @@ void check_races(const Target& target, std::size_t bytes, bool write, Kind kind,
         note("UNINITIALISED read of %s at %s", describe(target, i).c_str(), describe(code).c_str());
       if (own_block_wrote && cell.write.in_flight)
         report_race("read before the wait for cp.async", cell.write, code, target, i);
-      if (cell.read.block == block.serial && cell.read.thread / kLanes != by.warp())
+      if (cell.read.block != block.serial)
+        cell.other_block = cell.read;
+      else if (cell.read.thread / kLanes != by.warp())
         cell.other_warp = cell.read;
-      else if (cell.read.block != block.serial)
-        cell.other_warp = cell.read;
-      if (cell.read.thread != by.index || cell.read.block != block.serial) cell.other_thread = cell.read;
+      else if (cell.read.thread != by.index)
+        cell.other_lane = cell.read;
       cell.read = access;
     } else {
-      for (const Access* read : {&cell.read, &cell.other_thread, &cell.other_warp})
+      for (const Access* read : {&cell.read, &cell.other_lane, &cell.other_warp, &cell.other_block})
         if (races_with(*read)) report_race("write after read", *read, code, target, i);
       cell.write = access;
     }

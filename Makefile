@@ -14,7 +14,7 @@ TOOLS = ruff==0.17.5 clang-format==23.1.5 typos==1.52.0
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench fmt lint wheel wheel-all check-aarch64 clean
+.PHONY: help build test mutate resources demo bench fmt lint wheel wheel-all check-aarch64 clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -37,6 +37,12 @@ build: $(VENV)/.installed ## compile in place; only what changed
 
 test: build ## the test suite; ARGS="tests/ops -k nf4" for a part of it
 	$(BIN)/python -m pytest $(ARGS)
+
+mutate: build ## take each barrier and bounds guard out of the CUDA kernels in turn: a test must notice (tests/emu/mutate.py)
+	$(BIN)/python tests/emu/mutate.py $(ARGS)
+
+resources: $(VENV)/.installed ## registers and shared memory of every CUDA kernel on every architecture, into csrc/README.md
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python build_support/resources.py
 
 demo: build ## fine-tune a small language model on this machine, offline, in about 3 minutes
 	$(BIN)/pyfastpeft finetune --demo $(ARGS)

@@ -116,7 +116,7 @@ def compile_object(source: Path, flags: tuple[str, ...]) -> tuple[Path, str]:
     done = subprocess.run([*command, "-MMD", "-MF", str(depfile), "-o", str(target)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source} does not compile for the host executor:\n{done.stderr[-20000:]}")
-    if flags is KERNEL:  # a library function's accesses are checked too
+    if flags[: len(KERNEL)] == KERNEL:  # a library function's accesses are checked too
         redirect = (f"--redefine-sym={name}=emu_{name}" for name in ("memcpy", "memmove", "memset"))
         subprocess.run(["objcopy", *redirect, str(target)], check=True)
     text = depfile.read_text(encoding="utf-8").split(":", 1)[1].replace("\\\n", " ")
@@ -137,16 +137,26 @@ def _undefined(objects: list[Path]) -> list[str]:
     return sorted(name for name in wanted - defined if "10pyfastpeft" in name)
 
 
-def build(name: str, kernels: list[Path], bindings: list[Path], executor_flags: tuple[str, ...] = ()) -> Path:
-    """The extension module `name` from these kernels and bindings, and the executor."""
+def build(
+    name: str,
+    kernels: list[Path | tuple[Path, tuple[str, ...]]],
+    bindings: list[Path],
+    executor_flags: tuple[str, ...] = (),
+    init: str | None = None,
+) -> Path:
+    """The extension module `name` from these kernels (or (kernel, further flags)) and bindings, and the executor.
+
+    init   the module's name in its PYBIND11_MODULE, where that is another
+    """
+    kernels = [k if isinstance(k, tuple) else (k, ()) for k in kernels]
     executor = [(source, EXECUTOR + executor_flags) for source in sorted(HERE.glob("*.cpp"))]
-    work = [*((k, KERNEL) for k in kernels), *((b, BINDING) for b in bindings), *executor]
+    work = [*((k, KERNEL + flags) for k, flags in kernels), *((b, BINDING) for b in bindings), *executor]
     with _lock(), concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         _digest.cache_clear()
         made = list(pool.map(lambda item: compile_object(*item), work))
         key = hashlib.sha256("".join(k for _, k in made).encode()).hexdigest()[:16]
         variant = name + "".join(executor_flags)
-        target = BUILD / f"{variant}-{key}" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        target = BUILD / f"{variant}-{key}" / f"{init or name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if target.exists():
             return target
         earlier = sorted(BUILD.glob(f"{variant}-*"), key=os.path.getmtime)
@@ -175,13 +185,23 @@ def load_module(path: Path) -> types.ModuleType:
     return module
 
 
+def kernel_sources() -> list[Path]:
+    return sorted(p for p in ROOT.glob("csrc/*/*_cuda*.cu") if p.parent.name != "common")
+
+
+def binding_sources() -> list[Path]:
+    return sorted(p for p in ROOT.glob("csrc/*/*_bind.cpp") if p.parent.name != "common")
+
+
 @functools.cache
 def load() -> types.ModuleType:
-    """The module of all kernels in csrc/: the same bindings as pyfastpeft._C's CUDA ones, run by the executor."""
-    csrc = ROOT / "csrc"
-    kernels = sorted(p for p in csrc.glob("*/*_cuda*.cu") if p.parent.name != "common")
-    bindings = sorted(p for p in csrc.glob("*/*_bind.cpp") if p.parent.name != "common")
-    return load_module(build("_C", kernels, [csrc / "bindings.cpp", *bindings]))
+    """The module of all kernels in csrc/: the same bindings as pyfastpeft._C's CUDA ones, run by the executor.
+
+    PYFASTPEFT_EMU_MODULE names a module built before (mutate.py's) to take instead.
+    """
+    if path := os.environ.get("PYFASTPEFT_EMU_MODULE"):
+        return load_module(Path(path))
+    return load_module(build("_C", kernel_sources(), [ROOT / "csrc" / "bindings.cpp", *binding_sources()]))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,8 @@ def emulated(module: types.ModuleType | None = None, seed: int = 0, preempt: int
         f"tests/emu/backend.py does not know what {unknown} of pyfastpeft.ops._cuda answer for the executor"
     )
     former = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the executor has one; torch's others would only spin between small operations
     library = torch.library.Library("pyfastpeft", "IMPL")
     try:
         for name, helper in helpers.items():
@@ -162,6 +164,7 @@ def emulated(module: types.ModuleType | None = None, seed: int = 0, preempt: int
         yield module
     finally:
         library._destroy()
+        torch.set_num_threads(threads)
         for other, name, original in former:
             setattr(other, name, original)
         module.emu_forget_fresh()

@@ -46,14 +46,18 @@ std::string hexadecimal(std::uintptr_t value) {
   return text;
 }
 
-// End of each __constant__ table, by its beginning.
-const std::map<std::uintptr_t, std::uintptr_t>& tables() {
-  static const std::map<std::uintptr_t, std::uintptr_t> all = [] {
-    std::map<std::uintptr_t, std::uintptr_t> found;
-    for (const std::string& line : run_on_this_file("nm -S --defined-only", "")) {
+struct Symbol {
+  std::uintptr_t end;
+  std::string name;
+};
+// Functions and tables by their beginning.
+const std::map<std::uintptr_t, Symbol>& symbols() {
+  static const std::map<std::uintptr_t, Symbol> all = [] {
+    std::map<std::uintptr_t, Symbol> found;
+    for (const std::string& line : run_on_this_file("nm -SC --defined-only", "")) {
       unsigned long begin = 0, size = 0;  // "address size kind name", of some symbols without the size
-      if (line.size() > 33 && line[33] == ' ' && std::sscanf(line.c_str(), "%16lx %16lx", &begin, &size) == 2)
-        found[begin] = begin + size;
+      if (line.size() > 36 && line[33] == ' ' && std::sscanf(line.c_str(), "%16lx %16lx", &begin, &size) == 2)
+        found[begin] = {begin + size, line.substr(36)};
     }
     return found;
   }();
@@ -83,10 +87,10 @@ bool beyond_constant(const void* address, std::size_t bytes) {
   static std::uintptr_t begin = 0, end = 0;  // of the table asked for last
   const std::uintptr_t at = offset_of(address);
   if (at < begin || at >= end) {
-    auto table = tables().upper_bound(at);
-    if (table == tables().begin()) return true;
+    auto table = symbols().upper_bound(at);
+    if (table == symbols().begin()) return true;
     begin = (--table)->first;
-    end = table->second;
+    end = table->second.end;
   }
   return at < begin || at + bytes > end;
 }
@@ -119,8 +123,8 @@ std::vector<std::string> source_lines(Code code) {
 }
 
 std::string kernel_name(const void* entry) {
-  const std::vector<std::string> lines = run_on_this_file("addr2line -Cf -e", hexadecimal(offset_of(entry)));
-  std::string name = lines.empty() ? "?" : lines.front();
+  const auto symbol = symbols().find(offset_of(entry));
+  std::string name = symbol == symbols().end() ? "?" : symbol->second.name;
   for (const char* noise : {"pyfastpeft::", "(anonymous namespace)::", "void "})
     for (auto at = name.find(noise); at != std::string::npos; at = name.find(noise)) name.erase(at, std::strlen(noise));
   const auto parameters = name.rfind('(');

@@ -18,7 +18,6 @@ from emu import backend, build
 from pyfastpeft._native import _C
 
 NO_SKIP = os.environ.get("PYFASTPEFT_NO_SKIP", "") not in ("", "0")
-RANDOM_SCHEDULES = {"emulated-schedule1": (1, 20), "emulated-schedule2": (2, 3)}  # seed, preempt
 
 
 class Device(str):
@@ -32,8 +31,7 @@ def device(request):
     """The device an op test runs on; skips where this machine or this build has none of that kind.
 
     "emulated" is the CPU with every op's CUDA implementation in the place of its CPU one, run thread by thread by the
-    host executor: choose sizes with `device.emulated` in mind. Faults it finds are raised. With the mark `schedules`
-    the test also runs on two random schedules.
+    host executor: choose sizes with `device.emulated` in mind. Faults it finds are raised.
     """
     kind = request.param
     if kind == "cuda":
@@ -41,11 +39,10 @@ def device(request):
             pytest.skip("built without CUDA")
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-    if not kind.startswith("emulated"):
+    if kind != "emulated":
         yield Device(kind)
         return
-    environment = (int(os.environ.get(f"PYFASTPEFT_EMU_{name}", 0)) for name in ("SEED", "PREEMPT"))
-    seed, preempt = RANDOM_SCHEDULES.get(kind) or environment
+    seed, preempt = (int(os.environ.get(f"PYFASTPEFT_EMU_{name}", 0)) for name in ("SEED", "PREEMPT"))
     device = Device("cpu")
     device.emulated = True
     with backend.emulated(executor(), seed, preempt):
@@ -58,11 +55,6 @@ def executor():
         return build.load()
     except build.Unavailable as missing:
         pytest.skip(f"the host executor cannot be built: {missing}")
-
-
-def pytest_generate_tests(metafunc):
-    if "device" in metafunc.fixturenames and metafunc.definition.get_closest_marker("schedules"):
-        metafunc.parametrize("device", ["cpu", "emulated", *RANDOM_SCHEDULES, "cuda"], indirect=True)
 
 
 def _runs_anywhere(node: str) -> bool:

@@ -108,7 +108,7 @@ def _report(nodeid, **others):
     "nodeid, refused",
     [
         ("tests/ops/test_x.py::test_y[emulated]", True),
-        ("tests/ops/test_x.py::test_y[emulated-schedule1-float32]", True),
+        ("tests/ops/test_x.py::test_y[emulated-shape1-float32]", True),
         ("tests/emu/test_ptx.py::test_y[sm_80]", True),
         ("tests/emu/test_ptx.py", True),
         ("tests/emu/test_emu_executor.py::test_y[cuda]", False),

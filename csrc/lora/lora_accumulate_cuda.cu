@@ -10,11 +10,12 @@
 //
 // Bytes: 2·M·D of X, 4·M·R of P per 128 columns (from L2), twice 4·R·D per piece of M. Flops 2·M·D·R.
 // M = D = 4096, R = 16, bf16: 34 MB from memory (8 µs at 4.3 TB/s), from L2 8 MB of P and 4.7 MB of partial sums:
-// predicted 11 µs with the second launch; D = 14336 (dY): 117 MB, 27 µs, predicted 33 µs. R = 64: 64 KB registers' worth
-// of sums a block leave one block on an SM, with 32 KB of X in flight.
+// predicted 11 µs with the second launch; D = 14336 (dY): 117 MB, 27 µs, predicted 33 µs. A warp has 4 KB of X in flight.
+// Shared memory 8, 16 or 32 KB and 128, 190 or 240 registers for R to 16, 32, 64: two blocks on an SM, 64 KB in flight,
+// or one with 32 KB.
 //
-// FMA kernel (fp32, and 16-bit dtypes on sm_75): a thread has four columns and 16 ranks, a block 256 columns with four
-// threads side by side along M.
+// FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows do not start at multiples of 16 bytes): a thread has four
+// columns and 16 ranks, a block 256 columns with four threads side by side along M.
 #include "lora/lora_cuda.cuh"
 
 namespace pyfastpeft {
@@ -31,17 +32,17 @@ LoraSplit accumulate_split(std::int64_t M, std::int64_t D, std::int64_t R) {
 
 template <typename T, int kTiles /* of 16 ranks */, bool kDrop>
 __global__ void __launch_bounds__(kLoraThreads, kTiles == 1 ? 2 : 1)
-    lora_accumulate_mma_kernel(const float* __restrict__ p,   // [M, R]
-                               std::int64_t M,                //
-                               std::int64_t R,                //
-                               const T* __restrict__ x,       // [M, D]
-                               std::int64_t D,                //
-                               LoraMask mask,                 //
-                               bool vectors,                  // x and its rows are 16-byte aligned
-                               std::int64_t turns,            // of a piece of M
-                               float* __restrict__ out,       // [grid y, R, D] with these strides of R and D
-                               std::int64_t rank_stride,      //
-                               std::int64_t column_stride) {  //
+    lora_accumulate_mma_kernel(const float* __restrict__ p,  // [M, R]
+                               std::int64_t M,               //
+                               std::int64_t R,               //
+                               const T* __restrict__ x,      // [M, D], 16-byte aligned
+                               std::int64_t D,               // a multiple of 8
+                               LoraMask mask,                //
+                               std::int64_t turns,           // of a piece of M
+                               float* __restrict__ out,      // [grid y, R, D] with these strides of R and D
+                               std::int64_t rank_stride,     //
+                               std::int64_t column_stride,   //
+                               bool vectors) {               // out's columns adjoin and its rows are 16-byte aligned
   constexpr int kTileBytes = 16 * kTiles * kStride * int(sizeof(T));
   constexpr int kSums = kTiles * 8 * 4;  // of a lane
   constexpr int kSumBytes = kColumnWarps * kSums * kWarp * int(sizeof(float));
@@ -68,8 +69,8 @@ __global__ void __launch_bounds__(kLoraThreads, kTiles == 1 ? 2 : 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const std::int64_t row = first_row + 16 * k + 4 * t + i;
-        const bool inside = row < end;
-        rows[k][i] = lora_load_eight(x + (inside ? row * D : 0), mine, inside ? D : 0, vectors);
+        rows[k][i] =
+            row < end && mine < D ? *reinterpret_cast<const LoraEight*>(x + row * D + mine) : LoraEight{{0, 0, 0, 0}};
       }
     for (int i = threadIdx.x; i < 16 * kTiles * kRows / 2; i += kLoraThreads) {
       const int rank = i / (4 * kRows) * 8 + i % 8, pair = i / 8 % (kRows / 2);
@@ -84,9 +85,12 @@ __global__ void __launch_bounds__(kLoraThreads, kTiles == 1 ? 2 : 1)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         if (kDrop) {
-#pragma unroll
+          unsigned kept = 0;  // a loop, not four copies: Philox is long, and two of them side by side are enough
+#pragma unroll 1
           for (int i = 0; i < 4; ++i)
-            lora_zero_dropped(rows[k][i], lora_kept<8>(mask, key, (first_row + 16 * k + 4 * t + i) * D + mine));
+            kept |= lora_kept<8, true>(mask, key, (first_row + 16 * k + 4 * t + i) * D + mine) << (8 * i);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) lora_zero_dropped(rows[k][i], kept >> (8 * i));
         }
         std::uint32_t right[8][2];  // column 8g + j of the rows 4t, 4t + 1 and 4t + 2, 4t + 3
 #pragma unroll
@@ -130,10 +134,19 @@ __global__ void __launch_bounds__(kLoraThreads, kTiles == 1 ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
       const std::int64_t rank = first_rank + 16 * m + 8 * half + g;
       if (rank >= R) continue;
+      float* to = out + rank * rank_stride + (first_column + 16 * t) * column_stride;
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {  // column 2t + i / 8 of tile i % 8
-        const std::int64_t column = first_column + 16 * t + i;
-        if (column < D) out[rank * rank_stride + column * column_stride] = sum[m][i % 8][2 * half + i / 8] * mask.scale;
+      for (int i = 0; i < 16; i += 4) {  // of column 16t + i: column 2t + i / 8 of tile i % 8
+        const float four[4] = {
+            sum[m][i % 8][2 * half + i / 8] * mask.scale, sum[m][i % 8 + 1][2 * half + i / 8] * mask.scale,
+            sum[m][i % 8 + 2][2 * half + i / 8] * mask.scale, sum[m][i % 8 + 3][2 * half + i / 8] * mask.scale};
+        if (first_column + 16 * t + i >= D) break;  // D is a multiple of 8: all four or none
+        if (vectors) {
+          *reinterpret_cast<float4*>(to + i) = make_float4(four[0], four[1], four[2], four[3]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) to[(i + j) * column_stride] = four[j];
+        }
       }
     }
 }
@@ -166,7 +179,7 @@ __global__ void __launch_bounds__(kLoraThreads) lora_accumulate_fma_kernel(const
       float values[4];
       lora_load_f32(x + row * D, mine, D, vectors, values);
       if (kDrop) {
-        const unsigned kept = lora_kept<4>(mask, key, row * D + mine);
+        const unsigned kept = lora_kept<4, false>(mask, key, row * D + mine);
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[i] = kept >> i & 1u ? values[i] * mask.scale : 0.0f;
       }
@@ -216,8 +229,8 @@ cudaError_t launch_mma(const Accumulate& a) {
   const dim3 grid(unsigned(lora_ceil_div(a.D, kColumns)), unsigned(a.split.parts),
                   unsigned(lora_ceil_div(a.R, kLoraRankTile)));
   return KLAUNCH((lora_accumulate_mma_kernel<T, kTiles, kDrop>), grid, kLoraThreads, 0, a.stream, a.p, a.M, a.R,
-                 static_cast<const T*>(a.x), a.D, a.mask, lora_vectors(a.x, a.D, sizeof(T)), a.split.steps, a.out,
-                 a.rank_stride, a.column_stride);
+                 static_cast<const T*>(a.x), a.D, a.mask, a.split.steps, a.out, a.rank_stride, a.column_stride,
+                 a.column_stride == 1 && a.rank_stride % 4 == 0 && is_aligned(a.out, 16));
 }
 template <typename T, bool kDrop>
 cudaError_t launch_mma(const Accumulate& a) {
@@ -237,7 +250,8 @@ template <typename T>
 cudaError_t launch(const Accumulate& a, bool tensor_cores) {
   const bool drop = a.mask.seed != nullptr;
   if constexpr (sizeof(T) == 2) {
-    if (tensor_cores) return drop ? launch_mma<T, true>(a) : launch_mma<T, false>(a);
+    if (tensor_cores && lora_vectors(a.x, a.D, sizeof(T)))
+      return drop ? launch_mma<T, true>(a) : launch_mma<T, false>(a);
   }
   return drop ? launch_fma<T, true>(a) : launch_fma<T, false>(a);
 }

@@ -52,27 +52,26 @@ inline LoraMask lora_mask(const LoraDropoutCuda& drop) {
           nothing_kept ? 0.0f : float(1.0 / (1.0 - drop.p))};
 }
 
-// Bit i: the value at flat position first + i is kept. Four random numbers come from one counter; where `first` is no
-// multiple of four the values straddle one more.
-template <int kValues>
+// Bit i: the value at flat position first + i is kept. Four random numbers come from one counter; unless `first` is a
+// multiple of four, as kWhole says it is, the values straddle one more.
+template <int kValues, bool kWhole>
 __device__ __forceinline__ unsigned lora_kept(const LoraMask& mask, std::uint64_t key, std::int64_t first) {
   static_assert(kValues % 4 == 0 && kValues <= 8, "whole counters");
   if (mask.nothing_kept) return 0;
   const auto counter = std::uint64_t(first) / 4;
-  const int skip = int(first & 3);
   unsigned bits = 0;
 #pragma unroll
-  for (int c = 0; c <= kValues / 4; ++c) {
-    if (c == kValues / 4 && skip == 0) break;
+  for (int c = 0; c < kValues / 4 + (kWhole ? 0 : 1); ++c) {
     const Philox4 random = philox4x32_10(counter + c, 0, key);
 #pragma unroll
     for (int i = 0; i < 4; ++i) bits |= unsigned(random.v[i] >= mask.least) << (4 * c + i);
   }
-  return bits >> skip;
+  return kWhole ? bits : bits >> (first & 3);
 }
 
 // ---- eight neighbours of a row ---------------------------------------------------------------------------------------
 
+// Whether rows start and end at multiples of 16 bytes: the tensor-core kernels ask for it, the others are faster so.
 inline bool lora_vectors(const void* matrix, std::int64_t D, std::size_t itemsize) {
   return is_aligned(matrix, 16) && D * std::int64_t(itemsize) % 16 == 0;
 }
@@ -92,22 +91,6 @@ __device__ __forceinline__ std::uint32_t lora_pack(float low, float high) {
 struct alignas(16) LoraEight {
   std::uint32_t words[4];  // eight 16-bit values
 };
-
-// row[first, first + 8), zero from `end` on; `vectors`: rows start at multiples of 16 bytes, and so does `first`.
-template <typename T>
-__device__ __forceinline__ LoraEight lora_load_eight(const T* __restrict__ row, std::int64_t first, std::int64_t end,
-                                                     bool vectors) {
-  LoraEight eight{{0, 0, 0, 0}};
-  if (vectors && first + 8 <= end) {
-    eight = *reinterpret_cast<const LoraEight*>(row + first);
-  } else {
-    const auto* bits = reinterpret_cast<const std::uint16_t*>(row);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (first + i < end) eight.words[i / 2] |= std::uint32_t(bits[first + i]) << (16 * (i % 2));
-  }
-  return eight;
-}
 
 __device__ __forceinline__ void lora_zero_dropped(LoraEight& eight, unsigned kept) {
 #pragma unroll

@@ -11,9 +11,11 @@
 // predicted 32 µs; with `add` 235 MB, 55 µs, predicted 62 µs. A matmul of cuBLAS with beta = 1 would move what `add`
 // moves, and needs S and C converted first. So the layers call this first and let the base's matmul add to it
 // (beta = 1): its reading of Y hides behind 616 µs of tensor-core work.
-// Shared memory 1, 3 or 5 KB; 110, 140 or 178 registers for R to 16, 32, 64 and more: two blocks on an SM, or one.
+// Shared memory 1, 3 or 5 KB; 117, 140 or 178 registers for R to 16, 32, 64 and more: two blocks on an SM, one
+// from R = 17.
 //
-// FMA kernel (fp32, and 16-bit dtypes on sm_75): a thread has four columns and eight rows, C from L1, S by broadcast.
+// FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows do not start at multiples of 16 bytes): a thread has four
+// columns and four rows, C from L1, S by broadcast.
 #include "lora/lora_cuda.cuh"
 
 namespace pyfastpeft {
@@ -24,34 +26,34 @@ constexpr int kWarpColumns = 32;  // four mma tiles
 constexpr int kColumns = kLoraWarps * kWarpColumns;
 constexpr char kOp[] = "lora_expand";
 
-// Columns first to first + kValues of one row: drops, adds and writes `values`.
-template <int kValues, typename T, bool kDrop, bool kAdd>
+// Drops, adds and writes kValues neighbours of a row from column `first` on: kVectors, 16 bytes at a time.
+template <bool kVectors, int kValues, typename T, bool kDrop, bool kAdd>
 __device__ __forceinline__ void finish(float (&values)[kValues], const float (&bias)[kValues], const LoraMask& mask,
-                                       std::uint64_t key, bool vectors, std::int64_t row, std::int64_t first,
-                                       std::int64_t D, T* __restrict__ y) {
+                                       std::uint64_t key, std::int64_t row, std::int64_t first, std::int64_t D,
+                                       T* __restrict__ y) {
   if (first >= D) return;
-  const unsigned kept = kDrop ? lora_kept<kValues>(mask, key, row * D + first) : 0;
-  T* to = y + row * D;
+  constexpr int kChunk = Chunk<T>::kValues;
+  constexpr int kAtOnce = kVectors ? kChunk : 1;
+  static_assert(!kVectors || kValues % kChunk == 0, "whole vectors");
+  const unsigned kept = kDrop ? lora_kept<kValues, kVectors>(mask, key, row * D + first) : 0;
+  T* to = y + row * D + first;
   float old[kValues];
-  if (kAdd) lora_load_f32(to, first, D, vectors, old);
+  if (kAdd) lora_load_f32(to, 0, D - first, kVectors, old);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     const float dropped = !kDrop ? values[i] : kept >> i & 1u ? values[i] * mask.scale : 0.0f;
     values[i] = (kAdd ? old[i] : bias[i]) + dropped;
   }
-  constexpr int kChunk = Chunk<T>::kValues;
-  if (kValues % kChunk == 0 && vectors) {
 #pragma unroll
-    for (int c = 0; c < kValues; c += kChunk) {
+  for (int c = 0; c < kValues; c += kAtOnce) {
+    if constexpr (kVectors) {
       Chunk<T> chunk;
 #pragma unroll
-      for (int i = 0; i < kChunk && c + i < kValues; ++i) chunk.values[i] = rounded<T>(values[c + i]);
-      *reinterpret_cast<Chunk<T>*>(to + first + c) = chunk;
+      for (int i = 0; i < kChunk; ++i) chunk.values[i] = rounded<T>(values[c + i]);
+      *reinterpret_cast<Chunk<T>*>(to + c) = chunk;
+    } else if (first + c < D) {
+      to[c] = rounded<T>(values[c]);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i)
-      if (first + i < D) to[first + i] = rounded<T>(values[i]);
   }
 }
 
@@ -68,11 +70,10 @@ __global__ void __launch_bounds__(kLoraThreads, kSteps == 1 ? 2 : 1)
                            std::int64_t M,                  //
                            std::int64_t R,                  //
                            LoraFactor c,                    // [R, D]
-                           std::int64_t D,                  //
+                           std::int64_t D,                  // a multiple of 8
                            LoraMask mask,                   //
-                           bool vectors,                    // y and its rows are 16-byte aligned
                            const float* __restrict__ bias,  // [D], or null
-                           T* __restrict__ y) {             // [M, D]
+                           T* __restrict__ y) {             // [M, D], 16-byte aligned
   constexpr int kRanks = 16 * kSteps;
   constexpr int kStride = kRanks + (kSteps == 1 ? 0 : 16);  // 32 bytes off a multiple of 128: no bank conflict
   KSHARED(std::uint32_t, tile, [kRows * kStride / 2]);      // pairs of S: [row][kStride / 2]
@@ -138,22 +139,21 @@ __global__ void __launch_bounds__(kLoraThreads, kSteps == 1 ? 2 : 1)
           float values[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) values[i] = sum[m][i / 2][2 * half + i % 2];
-          if (row < M) finish<8, T, kDrop, kAdd>(values, bias_values, mask, key, vectors, row, mine, D, y);
+          if (row < M) finish<true, 8, T, kDrop, kAdd>(values, bias_values, mask, key, row, mine, D, y);
         }
     }
   }
 }
 
-constexpr int kFmaThreads = 128, kFmaRows = 8;
+constexpr int kFmaThreads = 128, kFmaRows = 4;
 
-template <typename T, bool kDrop, bool kAdd>
+template <typename T, bool kVectors /* y and its rows are 16-byte aligned */, bool kDrop, bool kAdd>
 __global__ void __launch_bounds__(kFmaThreads) lora_expand_fma_kernel(const float* __restrict__ s,     // as above
                                                                       std::int64_t M,                  //
                                                                       std::int64_t R,                  //
                                                                       LoraFactor c,                    //
                                                                       std::int64_t D,                  //
                                                                       LoraMask mask,                   //
-                                                                      bool vectors,                    //
                                                                       const float* __restrict__ bias,  //
                                                                       T* __restrict__ y) {             //
   const std::int64_t first = (std::int64_t(blockIdx.x) * kFmaThreads + threadIdx.x) * 4;
@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(kFmaThreads) lora_expand_fma_kernel(const floa
   for (std::int64_t first_row = std::int64_t(blockIdx.y) * kFmaRows; first_row < M;
        first_row += std::int64_t(gridDim.y) * kFmaRows) {
     float sum[kFmaRows][4] = {};
+#pragma unroll 1
     for (std::int64_t rank = 0; rank < R; ++rank) {
       float right[4];
 #pragma unroll
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kFmaThreads) lora_expand_fma_kernel(const floa
 #pragma unroll
     for (int m = 0; m < kFmaRows; ++m)
       if (first_row + m < M)
-        finish<4, T, kDrop, kAdd>(sum[m], bias_values, mask, key, vectors, first_row + m, first, D, y);
+        finish<kVectors, 4, T, kDrop, kAdd>(sum[m], bias_values, mask, key, first_row + m, first, D, y);
   }
 }
 
@@ -204,20 +205,23 @@ template <typename T, bool kDrop, bool kAdd>
 cudaError_t launch_fma(const Expand& e) {
   const std::int64_t columns = lora_ceil_div(e.D, 4 * kFmaThreads);
   const dim3 grid(unsigned(columns), unsigned(row_blocks(columns, lora_ceil_div(e.M, kFmaRows))));
-  return KLAUNCH((lora_expand_fma_kernel<T, kDrop, kAdd>), grid, kFmaThreads, 0, e.stream, e.s, e.M, e.R, e.c, e.D,
-                 e.mask, lora_vectors(e.y, e.D, sizeof(T)), e.bias, static_cast<T*>(e.y));
+  constexpr bool kFourAre16Bytes = sizeof(T) == 4;
+  const auto kernel = kFourAre16Bytes && lora_vectors(e.y, e.D, sizeof(T))
+                          ? lora_expand_fma_kernel<T, kFourAre16Bytes, kDrop, kAdd>
+                          : lora_expand_fma_kernel<T, false, kDrop, kAdd>;
+  return KLAUNCH(kernel, grid, kFmaThreads, 0, e.stream, e.s, e.M, e.R, e.c, e.D, e.mask, e.bias, static_cast<T*>(e.y));
 }
 template <typename T, int kSteps, bool kDrop, bool kAdd>
 cudaError_t launch_mma(const Expand& e) {
   const std::int64_t columns = lora_ceil_div(e.D, kColumns);
   const dim3 grid(unsigned(columns), unsigned(row_blocks(columns, lora_ceil_div(e.M, kRows))));
   return KLAUNCH((lora_expand_mma_kernel<T, kSteps, kDrop, kAdd>), grid, kLoraThreads, 0, e.stream, e.s, e.M, e.R, e.c,
-                 e.D, e.mask, lora_vectors(e.y, e.D, sizeof(T)), e.bias, static_cast<T*>(e.y));
+                 e.D, e.mask, e.bias, static_cast<T*>(e.y));
 }
 template <typename T, bool kDrop, bool kAdd>
 cudaError_t launch(const Expand& e) {
   if constexpr (sizeof(T) == 2) {
-    if (e.tensor_cores) {
+    if (e.tensor_cores && lora_vectors(e.y, e.D, sizeof(T))) {
       if (e.R <= 16) return launch_mma<T, 1, kDrop, kAdd>(e);
       if (e.R <= 32) return launch_mma<T, 2, kDrop, kAdd>(e);
       return launch_mma<T, 4, kDrop, kAdd>(e);

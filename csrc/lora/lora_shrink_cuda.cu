@@ -12,11 +12,13 @@
 // M = D = 4096, R = 16, bf16: 34 MB from memory (8 µs at 4.3 TB/s), 8 MB of A and 4 MB of partial sums from L2,
 // 0.54 GFLOP (1 µs): predicted 11 µs with the second launch. R = 64 moves 33 MB of A through L2: 16 µs. With dropout
 // 4.2 million Philox calls of about 70 instructions each add up to 10 µs that overlap in part.
-// Shared memory 9, 18 or 36 KB for R to 16, 32, 64: with at most 128 registers two blocks, 16 warps, share an SM, each
-// with 2 KB of X in flight: 32 KB where 23 KB cover the latency (4.3 TB/s x 700 ns / 132).
+// Shared memory 9, 18 or 36 KB and 104, 122 or 174 registers (107, 144, 181 with dropout) for R to 16, 32, 64: two
+// blocks, 16 warps, on an SM up to R = 16 (32 without dropout), one beyond. A warp has 2 KB of X in flight: 32 or 16 KB an SM,
+// where 23 KB cover the latency (4.3 TB/s x 700 ns / 132).
 //
-// FMA kernel (fp32, and 16-bit dtypes on sm_75): 32 rows x 16 ranks a block, a thread one row and two ranks, operands
-// as fp32 in shared memory, read four columns at a time without a bank conflict.
+// FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows do not start at multiples of 16 bytes): 32 rows x 16 ranks a
+// block, a thread one row and two ranks, operands as fp32 in shared memory, read four columns at a time without a bank
+// conflict.
 #include "lora/lora_cuda.cuh"
 
 namespace pyfastpeft {
@@ -54,7 +56,6 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
                            std::int64_t R,             //
                            float alpha,                // times the dropout's scale
                            LoraMask mask,              //
-                           bool vectors,               // x and its rows are 16-byte aligned
                            int row_tiles,              // 1 or 4
                            std::int64_t steps,         // of a piece of D
                            float* __restrict__ out) {  // [grid y, M, R]
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const std::int64_t row = first_row + 8 * i + g;
-      rows[i] = lora_load_eight(x + (row < M ? row * D : 0), column + 8 * t, row < M ? end : 0, vectors);
+      rows[i] = row < M && column + 8 * t < end ? *reinterpret_cast<const LoraEight*>(x + row * D + column + 8 * t)
+                                                : LoraEight{{0, 0, 0, 0}};
     }
   };
 
@@ -87,6 +89,7 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
   const bool ranks_adjoin = a.rank_stride == 1;
   for (std::int64_t step = begin; step < end; step += kStep) {
     // Neighbouring threads read neighbouring floats: along A's rows, or eight ranks at a time where those adjoin.
+#pragma unroll 4
     for (int i = threadIdx.x; i < kTiles * 8 * kStep / 2; i += kLoraThreads) {
       const int rank = ranks_adjoin ? i / (4 * kStep) * 8 + i % 8 : i / (kStep / 2);
       const int pair = ranks_adjoin ? i / 8 % (kStep / 2) : i % (kStep / 2);
@@ -103,10 +106,14 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
         const int later = part + groups;
         load(later < kStep / kWarpColumns ? step + later * kWarpColumns : step + kStep + group * kWarpColumns, next);
         if (kDrop) {
+          unsigned kept = 0;  // a loop, not four copies: Philox is long, and two of them side by side are enough
+#pragma unroll 1
+          for (int i = 0; i < 4; ++i) {
+            const std::int64_t first = (first_row + 8 * i + g) * D + step + part * kWarpColumns + 8 * t;
+            kept |= lora_kept<8, true>(mask, key, first) << (8 * i);
+          }
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            lora_zero_dropped(
-                rows[i], lora_kept<8>(mask, key, (first_row + 8 * i + g) * D + step + part * kWarpColumns + 8 * t));
+          for (int i = 0; i < 4; ++i) lora_zero_dropped(rows[i], kept >> (8 * i));
         }
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -158,7 +165,7 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
 constexpr int kFmaRows = 32, kFmaRanks = 16, kFmaColumns = 64;
 
 template <typename T, bool kDrop>
-__global__ void __launch_bounds__(kLoraThreads, 3)
+__global__ void __launch_bounds__(kLoraThreads, 2)
     lora_shrink_fma_kernel(const T* __restrict__ x,    // as above, with alpha alone
                            std::int64_t M,             //
                            std::int64_t D,             //
@@ -185,7 +192,7 @@ __global__ void __launch_bounds__(kLoraThreads, 3)
     float values[8];
     lora_load_f32(x + (row < M ? row * D : 0), step + 8 * lane, row < M ? end : 0, vectors, values);
     if (kDrop) {
-      const unsigned kept = lora_kept<8>(mask, key, row * D + step + 8 * lane);
+      const unsigned kept = lora_kept<8, false>(mask, key, row * D + step + 8 * lane);
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] = kept >> i & 1u ? values[i] * mask.scale : 0.0f;
     }
@@ -237,8 +244,8 @@ template <typename T, int kTiles, bool kDrop>
 cudaError_t launch_mma(const Shrink& s) {
   const dim3 grid(unsigned(s.plan.row_blocks), unsigned(s.plan.split.parts), unsigned(s.plan.rank_blocks));
   return KLAUNCH((lora_shrink_mma_kernel<T, kTiles, kDrop>), grid, kLoraThreads, 0, s.stream,
-                 static_cast<const T*>(s.x), s.M, s.D, s.a, s.R, s.alpha * s.mask.scale, s.mask,
-                 lora_vectors(s.x, s.D, sizeof(T)), s.plan.row_tiles, s.plan.split.steps, s.out);
+                 static_cast<const T*>(s.x), s.M, s.D, s.a, s.R, s.alpha * s.mask.scale, s.mask, s.plan.row_tiles,
+                 s.plan.split.steps, s.out);
 }
 template <typename T, bool kDrop>
 cudaError_t launch_mma(const Shrink& s) {
@@ -257,7 +264,8 @@ template <typename T>
 cudaError_t launch(const Shrink& s, bool tensor_cores) {
   const bool drop = s.mask.seed != nullptr;
   if constexpr (sizeof(T) == 2) {
-    if (tensor_cores) return drop ? launch_mma<T, true>(s) : launch_mma<T, false>(s);
+    if (tensor_cores && lora_vectors(s.x, s.D, sizeof(T)))
+      return drop ? launch_mma<T, true>(s) : launch_mma<T, false>(s);
   }
   return drop ? launch_fma<T, true>(s) : launch_fma<T, false>(s);
 }

@@ -187,7 +187,8 @@ def linear_lora(
 
     x          [..., K] float32, float16 or bfloat16, any strides
     weight     [N, K] of x's dtype, any strides;  bias [N] of any of these dtypes, or None
-    lora_a     [R, K] and lora_b [N, R], any of these dtypes; their products are taken and summed in fp32
+    lora_a     [R, K] and lora_b [N, R], any of these dtypes; their products are taken and summed in fp32. On a GPU's tensor
+               cores (16-bit x whose rows are whole 16 bytes) they are first rounded to x's dtype, as autocast would
     scaling    α/R, or α/√R (rsLoRA)
     dropout_p  probability from 0 to 1 that a value of x is zeroed on its way into A, the others times 1/(1-p)
     seed       int64 [1] on x's device, the key of the mask; None: drawn from torch's generator where dropout_p > 0

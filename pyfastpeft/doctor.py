@@ -30,7 +30,8 @@ def report() -> dict[str, Any]:
     cpu        model, cores this process may use, instruction set detected and used, threads of torch and of the kernels
     openmp     the OpenMP libraries in the process, the one our kernels use, and whether torch's thread count governs it
     cuda       what is compiled in, driver, torch's CUDA, and each GPU with how our kernels reach it
-    kernels    [{"kernel", "cpu", "cuda"}]: the variant of each kernel that runs here
+    kernels    [{"kernel", "cpu", "cuda", "cuda_built"}]: the variant of each kernel that runs here
+    ops        [{"op", "cpu", "cuda", "cuda_built"}]: where each op of torch.ops.pyfastpeft runs here
     problems   [{"problem", "fix"}]: empty when all is well
     """
     build = build_info()
@@ -46,9 +47,11 @@ def report() -> dict[str, Any]:
             "kernel": name,
             "cpu": _cpu_variant(variants, result["cpu"]["isa_used"]),
             "cuda": "cuda" in variants and result["cuda"]["usable"],
+            "cuda_built": "cuda" in variants,
         }
         for name, variants in build["kernels"].items()
     ]
+    result["ops"] = _ops(result["cuda"])
     result["problems"] = _problems(result)
     return result
 
@@ -100,6 +103,28 @@ def _cpu() -> dict[str, Any]:
 def _cpu_variant(variants: list[str], isa: str) -> str | None:
     usable = [v for v in variants if v in CPU_ISAS and CPU_ISAS.index(v) <= CPU_ISAS.index(isa)]
     return max(usable, key=CPU_ISAS.index) if usable else None
+
+
+def _ops(cuda: dict) -> list[dict[str, Any]]:
+    """One row per op, its overloads together: on which devices it has an implementation, and whether one can run."""
+    importlib.import_module("pyfastpeft.ops")
+    overloads: dict[str, list[str]] = {}
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("pyfastpeft::"):
+            overloads.setdefault(name.split("::")[1].split(".")[0], []).append(name)
+
+    def has(op: str, device: str) -> bool:
+        return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, device) for name in overloads[op])
+
+    rows = []
+    for op in sorted(overloads):
+        built = cuda["built"] and has(op, "CUDA")
+        rows.append({"op": op, "cpu": has(op, "CPU"), "cuda": built and cuda["usable"], "cuda_built": built})
+    return rows
+
+
+def _on_cuda(row: dict[str, Any]) -> str:
+    return "yes" if row["cuda"] else "compiled in, no GPU to run on" if row["cuda_built"] else "no"
 
 
 def torch_governs_threads() -> bool:
@@ -177,6 +202,14 @@ def _cuda(build: dict) -> dict[str, Any]:
     }
 
 
+def _driver_fix(error: str, minimum_driver: str) -> str:
+    if error.startswith("cudaErrorNoDevice"):
+        return "see whether nvidia-smi lists a GPU and what CUDA_VISIBLE_DEVICES hides"
+    if error.startswith("cudaErrorSystemDriverMismatch"):
+        return "reboot: the driver in the kernel and its libraries are of different releases"
+    return f"install NVIDIA driver {minimum_driver} or newer, or rebuild with an older CUDA toolkit on PATH"
+
+
 def _problems(r: dict[str, Any]) -> list[dict[str, str]]:
     cpu, openmp, cuda, build = r["cpu"], r["openmp"], r["cuda"], r["build"]
     problems: list[dict[str, str]] = []
@@ -219,7 +252,7 @@ def _problems(r: dict[str, Any]) -> list[dict[str, str]]:
         add(
             f"the CUDA runtime {cuda['runtime']} in pyfastpeft reports {cuda['error']} "
             f"(driver {cuda['driver'] or 'for CUDA ' + cuda['driver_cuda']})",
-            f"install NVIDIA driver {build['minimum_driver']} or newer, or rebuild with an older CUDA toolkit on PATH",
+            _driver_fix(cuda["error"], build["minimum_driver"]),
         )
     for device in cuda["devices"]:
         if device["route"] is None:
@@ -288,20 +321,24 @@ def print_report(result: dict[str, Any] | None = None, console: Any = None) -> N
         "CUDA",
         [
             ("compiled in", compiled),
+            ("CUDA runtime", f"{cuda['runtime']}, linked statically" if cuda["built"] else "none"),
             ("driver", driver),
             ("torch's CUDA", cuda["torch_cuda"] or "none: a CPU build"),
             *(gpu or [("GPU", "none" if not cuda["error"] else f"none ({cuda['error']})")]),
         ],
     )
-    kernels = Table(
-        title="Kernels that run here", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
-    )
-    for heading in ("kernel", "CPU", "CUDA"):
-        kernels.add_column(heading, style="cyan" if heading == "kernel" else None)
-    for row in result["kernels"]:
-        kernels.add_row(row["kernel"], row["cpu"] or "none", "yes" if row["cuda"] else "no")
-    console.print(kernels)
-    console.print()
+    for title, first, rows in (
+        ("Ops, and where they run here", "op", result["ops"]),
+        ("Kernels that run here", "kernel", result["kernels"]),
+    ):
+        grid = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for heading in (first, "CPU", "CUDA"):
+            grid.add_column(heading, style="cyan" if heading == first else None)
+        for row in rows:
+            on_cpu = row["cpu"] or "none"
+            grid.add_row(row[first], "yes" if on_cpu is True else on_cpu, _on_cuda(row))
+        console.print(grid)
+        console.print()
     if not result["problems"]:
         console.print(Text("No known problem found.", style="green"))
     for entry in result["problems"]:

@@ -68,6 +68,11 @@ py::dict cuda_status_dict() {
 }  // namespace
 
 void register_common(py::module_& m) {
+#if defined(PYFASTPEFT_WITH_CUDA)
+  for (const py::handle arch : split(build_info::kCudaArchs))
+    cuda_archs_text() += (cuda_archs_text().empty() ? "" : ", ") + arch.cast<std::string>();
+  m.def("cuda_error_text", [](int error) { return cuda_error_text(cudaError_t(error)); }, py::arg("error"));
+#endif
   m.def("build_info", &build_info_dict);
   m.def("cpu_isa", [] { return cpu_isa_name(cpu_isa()); });
   m.def("cuda_status", &cuda_status_dict);

@@ -21,8 +21,13 @@ class Target(NamedTuple):
 def target(tensor: torch.Tensor, op: str) -> Target:
     """Where a call on `tensor` runs: its own device, that device's current stream.
 
-    Every CUDA implementation asks here and nowhere else. RuntimeError if this build has no CUDA kernels.
+    Every CUDA implementation asks here and nowhere else. RuntimeError if this build has no CUDA kernels; ValueError if
+    the tensor is not on a GPU, which the op's own check of its tensors' devices says in more detail where it has one.
     """
+    if not tensor.is_cuda:
+        raise ValueError(
+            f"{op}: a tensor is on {tensor.device} and another on a GPU, expected one device; move them with .to()"
+        )
     module = require_cuda(op)
     return Target(module, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
 

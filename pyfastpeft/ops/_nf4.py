@@ -78,10 +78,11 @@ def check_flat(packed, absmax, nested_absmax, nested_map, offset, op: str = "deq
 
 
 def dequantize_into(
-    launch, where, out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
+    launch_for, out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
 ) -> None:
-    """out = the weight, by `launch`: the CPU's binding, or the GPU's with `where` = (device, stream)."""
+    """out = the weight. launch_for(out) gives the binding and what it takes beyond the CPU's: device and stream, or ()."""
     check_flat(packed, absmax, nested_absmax, nested_map, offset)
+    launch, where = launch_for(out)
     # named, so that a copy made by .contiguous() outlives the call
     packed, absmax = packed.contiguous(), absmax.contiguous()
     if offset is not None:

@@ -88,25 +88,17 @@ def _quantize_absmax_fake(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     )
 
 
+def _launch_for(out: torch.Tensor):
+    return _C.nf4_dequantize_cpu, ()
+
+
 def _dequantize_cpu(
     packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype
 ) -> torch.Tensor:
     dtype_code(dtype, "dequantize_4bit", "the output")
     out = torch.empty(shape, dtype=dtype)
-    dequantize_into(
-        _C.nf4_dequantize_cpu,
-        (),
-        out,
-        packed,
-        absmax,
-        nested_absmax,
-        nested_map,
-        offset,
-        blocksize,
-        quant_type,
-        shape,
-        dtype,
-    )
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
+    dequantize_into(_launch_for, out, *flat)
     return out
 
 
@@ -123,7 +115,7 @@ def _dequantize_out_cpu(
     check_out(out, packed, shape, dtype)
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
     if out.is_contiguous():
-        dequantize_into(_C.nf4_dequantize_cpu, (), out, *flat)
+        dequantize_into(_launch_for, out, *flat)
         torch.autograd.graph.increment_version(out)
     else:
         out.copy_(_dequantize_cpu(*flat))

@@ -89,15 +89,16 @@ def quantize_absmax(check_finite: bool):
     return run
 
 
-def _dequantize_into(out: torch.Tensor, *flat) -> None:
+def _launch_for(out: torch.Tensor):
     module, device, stream = target(out, "dequantize_4bit")
-    dequantize_into(module.nf4_dequantize_cuda, (device, stream), out, *flat)
+    return module.nf4_dequantize_cuda, (device, stream)
 
 
 def dequantize(packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype) -> torch.Tensor:
     dtype_code(dtype, "dequantize_4bit", "the output")
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    _dequantize_into(out, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
+    dequantize_into(_launch_for, out, *flat)
     return out
 
 
@@ -107,7 +108,7 @@ def dequantize_out(
     check_out(out, packed, shape, dtype)
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype)
     if out.is_contiguous():
-        _dequantize_into(out, *flat)
+        dequantize_into(_launch_for, out, *flat)
         torch.autograd.graph.increment_version(out)
     else:
         out.copy_(dequantize(*flat))

@@ -1,8 +1,11 @@
 """The CUDA route on any machine: kernels compile without spilling, keep to the rules, and say why they are absent."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,63 @@ def test_the_binding_reports_a_missing_driver_and_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             _native._C.nf4_quantize_cuda(**{**arguments, **wrong})
+
+
+STUB_DRIVER = """
+#include <stdlib.h>
+int cuDriverGetVersion(int* version) { *version = atoi(getenv("STUB_VERSION")); return 0; }
+int cuInit(unsigned flags) { return atoi(getenv("STUB_INIT")); }
+"""
+ASK = """
+import json, pyfastpeft
+from pyfastpeft import doctor
+from pyfastpeft._native import _C
+try:
+    _C.nf4_quantize_cuda(16, 0, 64, 64, "nf4", 16, 32, 16, 1, 16, 0, 0)
+except RuntimeError as error:
+    print(json.dumps([str(error), doctor.report()["problems"]]))
+"""
+
+
+@pytest.mark.skipif(not pyfastpeft.build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.parametrize(
+    ("version", "init", "said", "fix"),
+    [
+        (
+            12040,
+            0,
+            r"driver runs CUDA up to 12\.4, pyfastpeft was built with CUDA .* install driver \d+ or newer",
+            "driver",
+        ),
+        (99000, 100, "finds no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES", "nvidia-smi"),
+        (99000, 803, "cudaErrorSystemDriverMismatch", "reboot"),
+    ],
+    ids=["too old", "no GPU", "mismatch"],
+)
+def test_a_driver_that_cannot_be_used_is_a_sentence_at_the_call_and_not_at_the_import(
+    tmp_path, version, init, said, fix
+):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler to make a driver with")
+    if version == 12040 and pyfastpeft.build_info()["cuda"].startswith("12."):
+        version = 11080
+    source = tmp_path / "stub.c"
+    source.write_text(STUB_DRIVER)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(source)], check=True)
+    env = {**os.environ, "STUB_VERSION": str(version), "STUB_INIT": str(init), "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ASK], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error, problems = json.loads(done.stdout)
+    assert error.startswith("quantize_4bit: ")
+    assert re.search(said if version != 11080 else said.replace(r"12\.4", r"11\.8"), error), error
+    assert any(fix in problem["fix"] for problem in problems), problems
+
+
+@pytest.mark.skipif(not pyfastpeft.build_info()["cuda"], reason="built without CUDA")
+def test_a_gpu_this_build_has_no_kernels_for_is_told_what_there_is_and_the_way_out():
+    text = _native._C.cuda_error_text(209)
+    assert text.startswith("cudaErrorNoKernelImageForDevice")
+    assert f"this build of pyfastpeft has kernels for {', '.join(pyfastpeft.build_info()['cuda_archs'])};" in text
+    assert "PYFASTPEFT_CUDA_ARCHS=" in text and "pyfastpeft doctor" in text
+    assert _native._C.cuda_error_text(2) == "cudaErrorMemoryAllocation: out of memory"

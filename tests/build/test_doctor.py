@@ -52,6 +52,15 @@ def test_report_is_plain_data_and_prints():
     assert torch.__version__ in text and result["cpu"]["model"] in text and "nf4_quantize" in text
 
 
+def test_every_op_is_listed_with_where_it_runs():
+    rows = {row["op"]: row for row in doctor.report()["ops"]}
+    assert {"adamw_", "dequantize_4bit", "ia3_scale", "linear_4bit", "linear_lora", "quantize_4bit"} <= rows.keys()
+    built = bool(pyfastpeft.build_info()["cuda"])
+    for name, row in rows.items():
+        assert row["cpu"] is True and row["cuda_built"] == built, name
+        assert row["cuda"] == (built and torch.cuda.is_available())
+
+
 def test_report_names_the_variant_that_runs(isa):
     rows = {row["kernel"]: row["cpu"] for row in doctor.report()["kernels"]}
     for name, variants in pyfastpeft.build_info()["kernels"].items():
@@ -116,6 +125,7 @@ def test_doctor_on_a_gpu_with_a_cpu_build(monkeypatch):
     result, problems = problems_of(monkeypatch, {"built": False}, torch_sees=1, torch_cuda="12.4", build=build)
     assert any("CPU build of pyfastpeft" in p and "install a CUDA toolkit" in p for p in problems)
     assert result["cuda"]["usable"] is False
+    assert not any(row["cuda_built"] for row in result["ops"])
 
 
 def test_doctor_on_an_old_driver(monkeypatch):
@@ -133,6 +143,7 @@ def test_doctor_on_a_gpu_this_build_does_not_reach(monkeypatch):
     gpu["capability"] = (10, 3)
     result, problems = problems_of(monkeypatch, status, torch_sees=1, torch_cuda="13.0", build=CUDA_13)
     assert result["cuda"]["devices"][0]["route"] == "PTX" and result["cuda"]["usable"]
+    assert all(row["cuda"] for row in result["ops"])
     assert not [p for p in problems if "GPU" in p]
 
 

@@ -138,12 +138,14 @@ struct Launch {
   const void* arguments;     // what `run` is given: readable by the kernel
   std::size_t arguments_bytes;
 };
+cudaError_t take_launch_error();    // what emu_fail_launch asked for, once
 void launch(const Launch& launch);  // throws Report, an error with all that was found
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t dynamic_smem,
                           Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters beyond 4 KiB need CUDA 12.1 and sm_70");
+  if (const cudaError_t error = take_launch_error(); error != cudaSuccess) return error;
   using Values = std::tuple<std::decay_t<Parameters>...>;
   struct Call {
     void (*kernel)(Parameters...);

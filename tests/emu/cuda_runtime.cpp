@@ -1,5 +1,6 @@
 // The functions of the CUDA runtime that launchers and bindings call, for a machine with one GPU: this executor.
 #include <cstring>
+#include <utility>
 
 #include "emu/executor.h"
 
@@ -26,6 +27,8 @@ cudaError_t attribute(int* value, cudaDeviceAttr what) {
 
 }  // namespace
 
+cudaError_t emu::take_launch_error() { return cudaError_t(std::exchange(config.launch_error, 0)); }
+
 extern "C" {
 
 cudaError_t CUDARTAPI cudaGetDevice(int* device) {
@@ -35,6 +38,10 @@ cudaError_t CUDARTAPI cudaGetDevice(int* device) {
 cudaError_t CUDARTAPI cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t CUDARTAPI cudaGetDeviceCount(int* count) {
   *count = 1;
+  return cudaSuccess;
+}
+cudaError_t CUDARTAPI cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 cudaError_t CUDARTAPI cudaGetLastError() { return cudaSuccess; }

@@ -10,8 +10,9 @@ void register_common(py::module_& m) {
   py::register_exception<emu::Report>(m, "Report", PyExc_AssertionError);
   m.def(
       "emu_configure",
-      [](std::uint64_t seed, unsigned preempt, int capability) { emu::config = {seed, preempt, capability}; },
+      [](std::uint64_t seed, unsigned preempt, int capability) { emu::config = {seed, preempt, capability, 0}; },
       py::arg("seed") = 0, py::arg("preempt") = 0, py::arg("capability") = 90);
+  m.def("emu_fail_launch", [](int error) { emu::config.launch_error = error; }, py::arg("error"));
   m.def("emu_forget_ranges", &emu::forget_ranges);
   m.def("emu_mark_fresh", &emu::mark_fresh, py::arg("begin"), py::arg("bytes"));
   m.def("emu_mark_filled", &emu::mark_filled, py::arg("begin"), py::arg("bytes"));

@@ -33,7 +33,8 @@ struct Report : std::runtime_error {
 struct Config {
   std::uint64_t seed = 0;
   unsigned preempt = 0;
-  int capability = 90;  // of the GPU that is played
+  int capability = 90;   // of the GPU that is played
+  int launch_error = 0;  // what the next launch answers instead of running, a cudaError_t
 };
 extern Config config;
 

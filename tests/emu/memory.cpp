@@ -93,9 +93,10 @@ void check_shared(std::size_t offset, std::size_t bytes, bool write, Code code) 
     fail("OUT OF BOUNDS %s of %zu bytes at byte %zu of dynamic shared memory (%zu bytes) at %s", access, bytes, offset,
          size, describe(code).c_str());
   }
-  const SharedVariable* v = variable_at(offset, 0);
-  if (v != nullptr && v->block == block.serial && offset + bytes <= v->offset + v->bytes) return;
-  v = variable_at(offset, kGap / 2);
+  static const SharedVariable* last = nullptr;
+  if (last == nullptr || offset < last->offset || offset >= last->offset + last->bytes) last = variable_at(offset, 0);
+  if (last != nullptr && last->block == block.serial && offset + bytes <= last->offset + last->bytes) return;
+  const SharedVariable* v = variable_at(offset, kGap / 2);
   fail("OUT OF BOUNDS %s of %zu bytes at byte %td of __shared__ %s (%zu bytes) at %s", access, bytes,
        v == nullptr ? 0 : std::ptrdiff_t(offset) - std::ptrdiff_t(v->offset), v == nullptr ? "memory" : v->name,
        v == nullptr ? 0 : v->bytes, describe(code).c_str());

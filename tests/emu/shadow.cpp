@@ -4,6 +4,7 @@
 // blocks of a launch only a __threadfence followed by an atomic orders, for a thread that performs an atomic on the same
 // address later: the pattern of "the last block adds up the parts".
 #include <algorithm>
+#include <cstring>
 #include <unordered_map>
 
 #include "emu/executor.h"
@@ -57,7 +58,7 @@ bool handed_over(const Access& a, const Fiber& by) {
   return false;
 }
 
-bool concurrent(const Access& a, const Fiber& by, bool global) {
+EMU_INLINE bool concurrent(const Access& a, const Fiber& by, bool global) {
   if (a.block < block.first_of_launch) return false;  // an earlier launch, or nobody yet
   if (a.block != block.serial) return global && !handed_over(a, by);
   if (a.thread == by.index || a.epoch != block.epoch) return false;
@@ -73,32 +74,45 @@ void report_race(const char* what, const Access& earlier, Code code, const Targe
 
 }  // namespace
 
+static void check_cell(Shadow& cell, const Access& access, const Target& target, std::size_t byte, bool write,
+                       const Fiber& by) {
+  const auto races_with = [&](const Access& a) {
+    return !(access.atomic && a.atomic) && concurrent(a, by, target.global);
+  };
+  if (races_with(cell.write))
+    report_race(write ? "write after write" : "read after write", cell.write, access.code, target, byte);
+  if (write) {
+    for (const Access* read : {&cell.read, &cell.other_lane, &cell.other_warp, &cell.other_block})
+      if (races_with(*read)) report_race("write after read", *read, access.code, target, byte);
+    cell.write = access;
+    return;
+  }
+  if (cell.write.block != block.serial) {
+    if (!target.global && first_time(access.code, 0))
+      note("UNINITIALISED read of %s at %s", describe(target, byte).c_str(), describe(access.code).c_str());
+  } else if (cell.write.in_flight) {
+    report_race("read before the wait for cp.async", cell.write, access.code, target, byte);
+  }
+  if (cell.read.block != block.serial)
+    cell.other_block = cell.read;
+  else if (cell.read.thread / kLanes != by.warp())
+    cell.other_warp = cell.read;
+  else if (cell.read.thread != by.index)
+    cell.other_lane = cell.read;
+  cell.read = access;
+}
+
 void check_races(const Target& target, std::size_t bytes, bool write, Kind kind, Code code, const Fiber& by) {
-  const bool atomic = kind == Kind::atomic;
-  Access access{block.serial, code, std::uint16_t(by.index), by.clock, block.epoch, atomic, kind == Kind::copy};
-  for (std::size_t i = 0; i < bytes; ++i) {
-    Shadow& cell = target.shadow[i];
-    const auto races_with = [&](const Access& a) { return !(atomic && a.atomic) && concurrent(a, by, target.global); };
-    const bool own_block_wrote = cell.write.block == block.serial;
-    if (races_with(cell.write))
-      report_race(write ? "write after write" : "read after write", cell.write, code, target, i);
-    if (!write) {
-      if (!target.global && !own_block_wrote && first_time(code, 0))
-        note("UNINITIALISED read of %s at %s", describe(target, i).c_str(), describe(code).c_str());
-      if (own_block_wrote && cell.write.in_flight)
-        report_race("read before the wait for cp.async", cell.write, code, target, i);
-      if (cell.read.block != block.serial)
-        cell.other_block = cell.read;
-      else if (cell.read.thread / kLanes != by.warp())
-        cell.other_warp = cell.read;
-      else if (cell.read.thread != by.index)
-        cell.other_lane = cell.read;
-      cell.read = access;
-    } else {
-      for (const Access* read : {&cell.read, &cell.other_lane, &cell.other_warp, &cell.other_block})
-        if (races_with(*read)) report_race("write after read", *read, code, target, i);
-      cell.write = access;
-    }
+  const Access access{block.serial,      code, std::uint16_t(by.index), by.clock, block.epoch, kind == Kind::atomic,
+                      kind == Kind::copy};
+  Shadow* cells = target.shadow;
+  const Shadow before = cells[0];
+  check_cell(cells[0], access, target, 0, write, by);
+  for (std::size_t i = 1; i < bytes; ++i) {
+    if (std::memcmp(&cells[i], &before, sizeof before) == 0)
+      cells[i] = cells[0];  // the bytes of a value are touched together, nearly always
+    else
+      check_cell(cells[i], access, target, i, write, by);
   }
 }
 

@@ -3,12 +3,12 @@
 //
 //   absmax[b] = max |w| over block b;   code(i) = encode(w[i] · (1 / max(absmax, floor)))
 //
-// A thread block takes a tile of 4096 values: whole quantisation blocks, whatever their size. A thread holds 32
-// neighbouring values in registers from the load to the store; blocksize / 32 threads share a quantisation block. Up to
-// 1024 values they are neighbours in a warp, above that the warps' maxima meet in 16 bytes of shared memory. (8 values a
-// thread would read whole lines with each load, where 32 leave it to L1 to bring a sector's halves together; but the
-// maximum over lanes, the reciprocal and the addresses, which a thread pays once, then weigh four times as much, and it
-// is instructions that are scarce here: 20.8 a value with 8, 14.8 with 16, 12.1 with 32.)
+// A thread block takes a tile of 4096 values: whole quantisation blocks, whatever their size. A thread holds 64 bytes of
+// neighbouring values, 32 (fp32: 16), in registers from the load to the store, so blocksize / 32 threads share a
+// quantisation block. Up to 1024 values they are neighbours in a warp, above that the warps' maxima meet in 32 bytes of
+// shared memory. (16 bytes a thread would read whole lines with each load, where now L1 brings a sector's halves
+// together. But the maximum over lanes, the reciprocal and the addresses, which a thread pays once, then weigh four
+// times as much, and instructions are scarce here: in bf16 20.8 a value with 8 a thread, 14.8 with 16, 12.1 with 32.)
 //
 // Encoding (nf4_encode_buckets.h): a fused multiply-add puts x into one of 32 buckets, each with at most one threshold,
 // so code = codes below the bucket + (threshold < x). The 32 thresholds and counts lie one per lane, and a shuffle reads
@@ -35,11 +35,16 @@
 namespace pyfastpeft {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kValues = 32;  // of a thread, neighbours
-constexpr int kWordValues = 8, kWords = kValues / kWordValues;
-constexpr int kTileValues = kThreads * kValues, kWarpValues = kWarp * kValues;
+constexpr int kTileValues = 4096;  // of a thread block
 static_assert(kTileValues % kMaxBlocksize == 0, "a quantisation block lies in one tile");
+constexpr int kWordValues = 8;
+
+// How many neighbouring values a thread holds: 64 bytes of them.
+template <typename T>
+constexpr int kThreadValues = 64 / sizeof(T);
+template <typename T>
+constexpr int kThreads = kTileValues / kThreadValues<T>;
+constexpr int kMaxWarps = kThreads<float> / kWarp;
 
 // bucket(x) = x · scale + shift, rounded to an integer: what the adder does where floats are one apart.
 constexpr float kOneApart = 0x1p23f;
@@ -65,7 +70,7 @@ __device__ __forceinline__ LaneBucket lane_bucket() {
 
 // The packed word of values[first, first + 8); the warp's lanes call it together. Little endian: byte j holds values 2j
 // (high nibble) and 2j + 1, so the values enter from the top nibble down in the order 6 7 4 5 2 3 0 1.
-template <QuantType kType>
+template <QuantType kType, int kValues>
 __device__ __forceinline__ std::uint32_t encode(const float (&values)[kValues], int first, float scale,
                                                 LaneBucket lane) {
   std::uint32_t ranks = 0, above = 0, negative = 0;  // above, negative: the top bit of each nibble counts
@@ -102,8 +107,8 @@ __device__ __forceinline__ float2 unpack(std::uint32_t pair) {
   }
 }
 
-// values = weight[first, first + 16) as fp32, zero from `left` on.
-template <typename T, bool kWhole>
+// values = weight[first, first + kValues) as fp32, zero from `left` on.
+template <typename T, bool kWhole, int kValues>
 __device__ __forceinline__ void load(const T* __restrict__ weight, unsigned first, std::int64_t left,
                                      float (&values)[kValues]) {
   if constexpr (kWhole) {
@@ -131,9 +136,10 @@ __device__ __forceinline__ void load(const T* __restrict__ weight, unsigned firs
   }
 }
 
-// max |w| over the quantisation block this thread's 16 values belong to, NaN if one of them is.
+// max |w| over the quantisation block this thread's values belong to, NaN if one of them is.
+template <int kValues>
 __device__ __forceinline__ float block_largest(const float (&values)[kValues], unsigned blocksize,
-                                               float (&warp_largest)[kThreads / kWarp]) {
+                                               float (&warp_largest)[kMaxWarps]) {
   float largest = 0;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) largest = kp::max_magnitude(largest, values[i]);
@@ -143,8 +149,9 @@ __device__ __forceinline__ float block_largest(const float (&values)[kValues], u
     if (offset >= lanes) break;
     largest = kp::max_magnitude(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
   }
+  constexpr unsigned kWarpValues = kWarp * kValues;
   if (blocksize > kWarpValues) {
-    const unsigned warp = threadIdx.x / kWarp, warps = blocksize / kWarpValues;  // 2, 4 or 8 share a block
+    const unsigned warp = threadIdx.x / kWarp, warps = blocksize / kWarpValues;  // 2 to 8 share a block
     if (threadIdx.x % kWarp == 0) warp_largest[warp] = largest;
     __syncthreads();
 #pragma unroll 1
@@ -157,12 +164,12 @@ __device__ __forceinline__ float block_largest(const float (&values)[kValues], u
 // are from the tile's first on. Pointers are those of the tile.
 template <typename T, QuantType kType, bool kWhole>
 __device__ __forceinline__ void quantize_tile(const T* __restrict__ weight, std::int64_t left, int log2_blocksize,
-                                              float (&warp_largest)[kThreads / kWarp],
-                                              std::uint8_t* __restrict__ packed, float* __restrict__ absmax,
-                                              unsigned long long* __restrict__ bad) {
+                                              float (&warp_largest)[kMaxWarps], std::uint8_t* __restrict__ packed,
+                                              float* __restrict__ absmax, unsigned long long* __restrict__ bad) {
+  constexpr int kValues = kThreadValues<T>, kWords = kValues / kWordValues;
   const unsigned blocksize = 1u << log2_blocksize, mine = threadIdx.x * kValues;
   float values[kValues];
-  load<T, kWhole>(weight, mine, left, values);
+  load<T, kWhole, kValues>(weight, mine, left, values);
   const LaneBucket lane = lane_bucket<kType>();
   const float largest = block_largest(values, blocksize, warp_largest);
   const float scale = __frcp_rn(fmaxf(largest, kAbsmaxFloor));
@@ -170,7 +177,10 @@ __device__ __forceinline__ void quantize_tile(const T* __restrict__ weight, std:
 #pragma unroll
   for (int w = 0; w < kWords; ++w) words[w] = encode<kType>(values, w * kWordValues, scale, lane);
   if constexpr (kWhole) {
-    reinterpret_cast<uint4*>(packed)[threadIdx.x] = make_uint4(words[0], words[1], words[2], words[3]);
+    if constexpr (kWords == 4)
+      reinterpret_cast<uint4*>(packed)[threadIdx.x] = make_uint4(words[0], words[1], words[2], words[3]);
+    else
+      reinterpret_cast<uint2*>(packed)[threadIdx.x] = make_uint2(words[0], words[1]);
   } else {
 #pragma unroll
     for (int j = 0; j < kValues / 2; ++j)  // values beyond n were zeros, so a last low nibble has the code of zero
@@ -189,7 +199,7 @@ __device__ __forceinline__ void quantize_tile(const T* __restrict__ weight, std:
 }
 
 template <typename T, QuantType kType>
-__global__ void __launch_bounds__(kThreads) nf4_quantize_kernel(
+__global__ void __launch_bounds__(kThreads<T>) nf4_quantize_kernel(
     const T* __restrict__ weight,            // [n]
     std::int64_t n,                          //
     unsigned whole_tiles,                    // so many are below n and aligned: weight to 16, packed to 8
@@ -197,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) nf4_quantize_kernel(
     std::uint8_t* __restrict__ packed,       // [packed_bytes(n)]
     float* __restrict__ absmax,              // [block_count(n, blocksize)]
     unsigned long long* __restrict__ bad) {  // lowered to the position of a NaN or infinity; or null
-  KSHARED(float, warp_largest, [kThreads / kWarp]);
+  KSHARED(float, warp_largest, [kMaxWarps]);
   const std::int64_t tile = std::int64_t(blockIdx.x) * kTileValues;
   weight += tile;
   packed += tile / 2;
@@ -218,7 +228,7 @@ void launch(QuantType type, const void* weight, std::int64_t n, std::int64_t blo
   // a grid holds 2^31 - 1 blocks: enough for 2^43 values
   const bool aligned = is_aligned(weight, 16) && is_aligned(packed, 16);
   const cudaError_t error =
-      KLAUNCH(kernel, unsigned(block_count(n, kTileValues)), kThreads, 0, static_cast<cudaStream_t>(stream),
+      KLAUNCH(kernel, unsigned(block_count(n, kTileValues)), kThreads<T>, 0, static_cast<cudaStream_t>(stream),
               static_cast<const T*>(weight), n, aligned ? unsigned(n / kTileValues) : 0u, log2_blocksize, packed,
               absmax, reinterpret_cast<unsigned long long*>(bad));
   check_cuda(error, "quantize_4bit", "launching nf4_quantize_kernel");

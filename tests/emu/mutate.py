@@ -46,11 +46,11 @@ TESTS = {
     "adamw": ["tests/ops/test_adamw.py", "tests/ops/test_adamw_8bit.py"],
     "ia3": ["tests/ops/test_ia3_scale.py"],
     "lora": ["tests/ops/test_lora_products_cuda.py", "tests/ops/test_linear_lora.py"],
-    "nf4_absmax": ["tests/ops/test_nf4_quantize.py", "tests/ops/test_nf4_tensor.py"],
-    "nf4_dequantize": ["tests/ops/test_nf4_dequantize.py"],
+    "nf4_absmax": ["tests/ops/test_nf4_quantize_cuda.py"],
+    "nf4_dequantize": ["tests/ops/test_nf4_dequantize_cuda.py"],
     "nf4_matmul": ["tests/ops/test_linear_4bit_cuda.py"],
     "nf4_matvec": ["tests/ops/test_linear_4bit_cuda.py"],
-    "nf4_quantize": ["tests/ops/test_nf4_quantize.py"],
+    "nf4_quantize": ["tests/ops/test_nf4_quantize_cuda.py"],
 }
 
 STATEMENT = re.compile(r"\b(__syncthreads\(\)|__syncwarp\([^;]*\)|kp::cp_async_wait<[^;]*>\(\)|__threadfence\(\));")

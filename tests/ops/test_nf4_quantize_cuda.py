@@ -188,3 +188,18 @@ def test_a_graph_captures_the_unchecked_op(double_quant):
     graph.replay()
     expected = pf.ops.quantize_4bit(weight, double_quant=double_quant)
     assert q == expected and torch.equal(back, pf.ops.dequantize_4bit(expected))
+
+
+@only_gpu
+def test_more_than_2_to_the_31_values():
+    n = 2**31 + 4097
+    if torch.cuda.get_device_properties(0).total_memory < 16 << 30:
+        pytest.skip("needs a GPU of 16 GB")
+    weight = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    places = torch.tensor([0, 2**31 - 1, 2**31, 2**31 + 4095, n - 1], device="cuda")
+    weight[places] = torch.tensor([1, -1, 2, -3, 4], dtype=torch.bfloat16, device="cuda")
+    q = pf.ops.quantize_4bit(weight)
+    assert torch.equal(pf.ops.dequantize_4bit(q), weight)
+    weight[n - 2] = float("nan")
+    with pytest.raises(ValueError, match=rf"weight\[{n - 2}\] is nan"):
+        pf.ops.quantize_4bit(weight)

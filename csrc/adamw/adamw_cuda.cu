@@ -101,7 +101,6 @@ __device__ __forceinline__ Scalars make_scalars(const AdamwOptions& options, con
   if (device.grad_scale != nullptr) o.grad_scale = double(*device.grad_scale);
   Scalars s;
   s.c = adamw_coefficients(o, double(step), [](double a, double b) { return __dmul_rn(a, b); });
-  s.correction_reciprocal = __fdiv_rn(1.0f, s.c.correction2_sqrt);
   s.step = step;
   return s;
 }

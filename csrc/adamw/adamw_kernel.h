@@ -2,28 +2,16 @@
 // Private to the adamw folder; one table of its instances per instruction set.
 //
 // fp32 state: 4 + 4·2 bytes read and 4·2 + 4 written of p, m, v, and 4 read of g: 28 a value, in one pass. 8-bit state:
-// the block's moments are decoded into 2 KiB on the stack, updated there by the same loop, and encoded again.
+// the block's moments are decoded into 2 KiB on the stack, updated there by the same loop, and encoded again. In AVX-512
+// on a Zen 4 core: 0.37 ns a value for the update, 0.13 for decoding a moment, 0.31 for encoding one.
 #pragma once
 
 #include <algorithm>
 
-#include "adamw/adamw_math.h"
+#include "adamw/adamw_codes_cpu.h"
 #include "common/vec.h"
 
 namespace pyfastpeft {
-
-// Exact nearest code of an 8-bit map, ties to the lower: the number of thresholds strictly below x.
-// threshold[c] is the midpoint of levels c and c + 1 rounded down, which compares like the midpoint itself. The top 16
-// bits of x choose a bucket, whose lowest value's code is `first`; a value has at most one further threshold to pass
-// in the dynamic maps (any ascending map stays exact).
-struct AdamwMap {
-  static constexpr std::uint32_t kLowBucket = 0x3400;             // 2^-23: below it only zero's neighbours
-  static constexpr std::uint32_t kBuckets = 0x3f81 - kLowBucket;  // up to 1 + 1/128
-  float level[256];
-  float threshold[256];  // the last is infinite
-  std::uint8_t first[2][kBuckets];
-  std::uint8_t zero;  // the code of 0
-};
 
 struct AdamwRange {
   AdamwTensor tensor;
@@ -59,45 +47,36 @@ inline void adamw_update(const AdamwCoefficients& c, V g, V& p, V& m, V& v) {
   m = c.lerp1 < 0.5f ? V::fma(V::set(c.lerp1), g - m, m) : V::fma(V::set(c.lerp1 - 1.0f), g - m, g);
   v = v * V::set(c.beta2);
   v = V::fma(V::set(c.one_minus_beta2) * g, g, v);
-  const V denominator = V::sqrt(v) / V::set(c.correction2_sqrt) + V::set(c.eps);
+  // sqrt(v) / correction2_sqrt, correctly rounded, from the divisor's correctly rounded reciprocal (Markstein 1990): the
+  // remainder of the first quotient is exact. An infinite or undefined first quotient is already the result.
+  const V root = V::sqrt(v), quotient = root * V::set(c.correction2_reciprocal);
+  const V remainder = V::fma(quotient, V::set(-c.correction2_sqrt), root);
+  const V better = V::fma(remainder, V::set(c.correction2_reciprocal), quotient);
+  const V denominator = V::where_finite(quotient, better) + V::set(c.eps);
   p = p + (V::set(c.negative_step_size) * m) / denominator;
-}
-
-inline void adamw_decode(const std::uint8_t* codes, float absmax, const AdamwMap& map, float* out, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = map.level[codes[i]] * absmax;
-}
-
-inline std::uint8_t adamw_nearest(const AdamwMap& map, std::uint32_t bits, float x) {
-  const std::uint32_t top = (bits & 0x7fffffffu) >> 16;
-  const std::uint32_t bucket = std::max(top, AdamwMap::kLowBucket) - AdamwMap::kLowBucket;
-  unsigned code = map.first[bits >> 31][bucket];
-  code += x > map.threshold[code];
-  while (__builtin_expect(x > map.threshold[code], 0)) ++code;
-  return std::uint8_t(code);
 }
 
 // The block's absmax and codes. A block that holds a NaN or an infinity becomes NaN as a whole: its codes have no other
 // way to say so.
-inline void adamw_encode(const float* x, const AdamwMap& map, std::uint8_t* codes, float* absmax, std::int64_t n) {
-  std::uint32_t bits[kAdamwBlock], largest = 0;
-  std::memcpy(bits, x, sizeof(float) * std::size_t(n));
-  for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, bits[i] & 0x7fffffffu);
-  float scale;
-  std::memcpy(&scale, &largest, 4);
+template <typename V>
+void adamw_encode(const float* x, const AdamwMap& map, std::uint8_t* codes, float* absmax, std::int64_t n) {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < n; ++i) largest = std::max(largest, adamw_bits(x[i]) & 0x7fffffffu);
+  const float scale = adamw_float(largest);
   *absmax = largest >= 0x7f800000u ? __builtin_nanf("") : scale;
   if (largest == 0 || largest >= 0x7f800000u) {
     std::memset(codes, map.zero, std::size_t(n));
     return;
   }
-  float scaled[kAdamwBlock];
-  if (largest >= 0x00800000u) {
-    const float reciprocal = 1.0f / scale;
-    for (std::int64_t i = 0; i < n; ++i) scaled[i] = x[i] * reciprocal;
-  } else {  // the reciprocal of a subnormal overflows
-    for (std::int64_t i = 0; i < n; ++i) scaled[i] = x[i] / scale;
+  if (largest < 0x00800000u) {  // the reciprocal of a subnormal overflows
+    for (std::int64_t i = 0; i < n; ++i) codes[i] = adamw_nearest(map, x[i] / scale);
+    return;
   }
-  std::memcpy(bits, scaled, sizeof(float) * std::size_t(n));
-  for (std::int64_t i = 0; i < n; ++i) codes[i] = adamw_nearest(map, bits[i], scaled[i]);
+  const float reciprocal = 1.0f / scale;
+  if (map.piecewise_linear)
+    AdamwCodes<V>::encode(x, map, reciprocal, codes, n);
+  else
+    adamw_encode_rest(x, map, reciprocal, codes, 0, n);
 }
 
 template <typename V, typename P, typename G>
@@ -113,8 +92,8 @@ void adamw_kernel(const AdamwRange& r) {
     float* master = t.master ? t.master + begin : nullptr;
     float *m_at, *v_at;
     if (t.bits8) {
-      adamw_decode(static_cast<std::uint8_t*>(t.exp_avg) + begin, t.absmax1[block], *r.map1, m_decoded, n);
-      adamw_decode(static_cast<std::uint8_t*>(t.exp_avg_sq) + begin, t.absmax2[block], *r.map2, v_decoded, n);
+      AdamwCodes<V>::decode(static_cast<std::uint8_t*>(t.exp_avg) + begin, *r.map1, t.absmax1[block], m_decoded, n);
+      AdamwCodes<V>::decode(static_cast<std::uint8_t*>(t.exp_avg_sq) + begin, *r.map2, t.absmax2[block], v_decoded, n);
       m_at = m_decoded;
       v_at = v_decoded;
     } else {
@@ -149,8 +128,8 @@ void adamw_kernel(const AdamwRange& r) {
 
     if (stochastic) adamw_round(p_exact, param, n, *r.seed, r.index, begin);
     if (t.bits8) {
-      adamw_encode(m_at, *r.map1, static_cast<std::uint8_t*>(t.exp_avg) + begin, t.absmax1 + block, n);
-      adamw_encode(v_at, *r.map2, static_cast<std::uint8_t*>(t.exp_avg_sq) + begin, t.absmax2 + block, n);
+      adamw_encode<V>(m_at, *r.map1, static_cast<std::uint8_t*>(t.exp_avg) + begin, t.absmax1 + block, n);
+      adamw_encode<V>(v_at, *r.map2, static_cast<std::uint8_t*>(t.exp_avg_sq) + begin, t.absmax2 + block, n);
     }
   }
 }

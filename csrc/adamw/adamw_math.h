@@ -18,7 +18,8 @@ struct AdamwCoefficients {
   float l2;           // weight_decay added to the gradient, or 0
   float lerp1;        // 1 - beta1
   float beta2, one_minus_beta2;
-  float correction2_sqrt;  // sqrt(1 - beta2^step)
+  float correction2_sqrt;        // sqrt(1 - beta2^step)
+  float correction2_reciprocal;  // 1 / correction2_sqrt
   float eps;
   float negative_step_size;  // -lr / (1 - beta1^step)
 };
@@ -35,6 +36,7 @@ static PYFASTPEFT_HOST_DEVICE inline AdamwCoefficients adamw_coefficients(const 
   c.beta2 = float(o.beta2);
   c.one_minus_beta2 = float(1.0 - o.beta2);
   c.correction2_sqrt = float(sqrt(1.0 - pow(o.beta2, step)));
+  c.correction2_reciprocal = 1.0f / c.correction2_sqrt;
   c.eps = float(o.eps);
   c.negative_step_size = float(-(o.lr / (1.0 - pow(o.beta1, step))));
   return c;

@@ -85,8 +85,7 @@ __device__ __forceinline__ void store4(const T (&in)[4], T* values, int at, int 
 // ---- the update ----------------------------------------------------------------------------------------------------
 struct Scalars {
   AdamwCoefficients c;
-  float correction_reciprocal;  // 1 / correction2_sqrt
-  float step;                   // they belong to: the one after this launch
+  float step;  // they belong to: the one after this launch
 };
 
 // a / divisor, correctly rounded, from the divisor's correctly rounded reciprocal (Markstein 1990): the remainder of the
@@ -106,7 +105,7 @@ __device__ __forceinline__ void update(const Scalars& s, float g, float& p, floa
   const float change = __fadd_rn(g, -m);
   m = c.lerp1 < 0.5f ? __fmaf_rn(c.lerp1, change, m) : __fmaf_rn(__fadd_rn(c.lerp1, -1.0f), change, g);
   v = __fmaf_rn(__fmul_rn(c.one_minus_beta2, g), g, __fmul_rn(v, c.beta2));
-  const float root = divided(__fsqrt_rn(v), c.correction2_sqrt, s.correction_reciprocal);
+  const float root = divided(__fsqrt_rn(v), c.correction2_sqrt, c.correction2_reciprocal);
   p = __fadd_rn(p, __fdiv_rn(__fmul_rn(c.negative_step_size, m), __fadd_rn(root, c.eps)));
 }
 

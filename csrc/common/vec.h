@@ -41,6 +41,8 @@ struct VecScalar {
   static VecScalar fma(VecScalar a, VecScalar b, VecScalar c) { return {std::fma(a.v, b.v, c.v)}; }
   static VecScalar sqrt(VecScalar a) { return {std::sqrt(a.v)}; }
   static VecScalar negate(VecScalar a) { return {-a.v}; }
+  // b where a is finite, else a
+  static VecScalar where_finite(VecScalar a, VecScalar b) { return std::isfinite(a.v) ? b : a; }
 };
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -76,6 +78,11 @@ struct VecAvx2 {
   static VecAvx2 fma(VecAvx2 a, VecAvx2 b, VecAvx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static VecAvx2 sqrt(VecAvx2 a) { return {_mm256_sqrt_ps(a.v)}; }
   static VecAvx2 negate(VecAvx2 a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+  static VecAvx2 where_finite(VecAvx2 a, VecAvx2 b) {
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
+    const __m256 finite = _mm256_cmp_ps(magnitude, _mm256_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    return {_mm256_blendv_ps(a.v, b.v, finite)};
+  }
 };
 #endif
 
@@ -113,6 +120,9 @@ struct VecAvx512 {
   static VecAvx512 fma(VecAvx512 a, VecAvx512 b, VecAvx512 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static VecAvx512 sqrt(VecAvx512 a) { return {_mm512_sqrt_ps(a.v)}; }
   static VecAvx512 negate(VecAvx512 a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+  static VecAvx512 where_finite(VecAvx512 a, VecAvx512 b) {
+    return {_mm512_mask_blend_ps(_mm512_fpclass_ps_mask(a.v, 0x99), b.v, a.v)};  // infinities and NaNs
+  }
 };
 #endif
 

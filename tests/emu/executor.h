@@ -109,9 +109,11 @@ struct Fiber {
 constexpr std::size_t kStackBytes = 256 << 10;
 extern Fiber* current;  // null outside of a launch, &launcher while the launch itself runs
 extern Fiber launcher;
+// Another OS thread may be in a launcher of its own meanwhile; what it touches is none of the kernel's business.
+extern thread_local bool launch_is_here __attribute__((tls_model("initial-exec")));
 extern std::vector<Fiber> fibers;
 void switch_to(Fiber* to);
-inline bool in_kernel() { return current != nullptr && current != &launcher; }
+inline bool in_kernel() { return launch_is_here && current != &launcher; }
 inline bool on_own_stack(std::uintptr_t address) {
   return address - reinterpret_cast<std::uintptr_t>(current->stack) < kStackBytes;
 }
@@ -122,6 +124,7 @@ struct Block {
   std::uint32_t first_of_launch = 0;
   std::uint32_t epoch = 0;
   int threads = 0, alive = 0;
+  std::uint64_t accesses = 0;  // to memory
   Launch launch{};
 };
 extern Block block;

@@ -16,6 +16,7 @@ namespace emu {
 
 Fiber* current = nullptr;
 Fiber launcher;
+thread_local bool launch_is_here = false;
 std::vector<Fiber> fibers;
 
 void thread_main();  // scheduler.cpp

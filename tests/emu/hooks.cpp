@@ -8,6 +8,8 @@ namespace emu {
 
 namespace {
 
+constexpr std::uint64_t kMostAccesses = 300'000'000;  // of a block: ten seconds
+
 inline void access(void* address, std::size_t bytes, bool write, const void* caller, bool aligned) {
   if (!in_kernel() || checks_off) return;
   const auto at = reinterpret_cast<std::uintptr_t>(address);
@@ -16,6 +18,9 @@ inline void access(void* address, std::size_t bytes, bool write, const void* cal
   if (aligned && at % bytes != 0)
     fail("MISALIGNED %s of %zu bytes at %s", write ? "write" : "read", bytes, describe(code).c_str());
   check_access(address, bytes, write, Kind::plain, code, *current);
+  if (++block.accesses > kMostAccesses)
+    fail("LIVELOCK: a block has touched memory %llu times, the last time at %s",
+         static_cast<unsigned long long>(kMostAccesses), describe(code).c_str());
   preempt_maybe();
 }
 

@@ -31,7 +31,7 @@ void add(const char* format, va_list arguments) {
     std::snprintf(text, sizeof text, " [kernel %s, block (%u, %u, %u), thread (%u, %u, %u)]",
                   kernel_name(block.launch.entry).c_str(), b.x, b.y, b.z, t.x, t.y, t.z);
     reports += text;
-  } else if (current != nullptr) {
+  } else if (launch_is_here) {
     reports += " [kernel " + kernel_name(block.launch.entry) + "]";
   }
   reports += '\n';

@@ -125,6 +125,7 @@ void report_deadlock() {
 void run_block(const Launch& l) {
   ++block.serial;
   block.epoch = 0;
+  block.accesses = 0;
   block.alive = block.threads;
   waiting = 0;
   spins = 0;
@@ -227,10 +228,12 @@ void launch(const Launch& l) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   block.launch = l;
   current = &launcher;
+  launch_is_here = true;
   const struct End {
     std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
     ~End() {
       current = nullptr;
+      launch_is_here = false;
       spent += std::chrono::steady_clock::now() - begin;
     }
   } end;

@@ -1,5 +1,6 @@
 """The executor runs the CUDA implementation of an op in the place of its CPU one, and watches what the op does in torch."""
 
+import concurrent.futures
 import types
 
 import pytest
@@ -55,6 +56,15 @@ def test_gradients_and_autocast_stay(module):
                 == torch.bfloat16
             )
     assert _launches(module) > before + 2
+
+
+def test_two_threads_may_call_at_once(module):
+    weights = [torch.randn(3000, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected = [pf.ops.quantize_4bit(w, 32).packed for w in weights]
+    with backend.emulated(module), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda w: pf.ops.quantize_4bit(w, 32).packed, weights))
+            assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
 def test_cpu_functions_are_not_in_the_module(module):

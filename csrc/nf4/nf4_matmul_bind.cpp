@@ -67,10 +67,10 @@ template <bool kMatmul>
 void fused(Address packed, std::int64_t packed_numel, Address absmax, std::int64_t absmax_numel, Address nested_absmax,
            std::int64_t nested_numel, Address nested_map, std::int64_t map_numel, Address offset, std::int64_t N,
            std::int64_t K, std::int64_t blocksize, const std::string& type, Address x, std::int64_t x_numel,
-           std::int64_t M, int dtype, Address s, std::int64_t s_numel, Address b, std::int64_t b_numel,
-           std::int64_t b_row_stride, std::int64_t b_rank_stride, std::int64_t R, Address bias, std::int64_t bias_numel,
-           Address scale, std::int64_t scale_numel, Address workspace, std::int64_t workspace_numel, Address y,
-           std::int64_t y_numel, int device, Address stream) {
+           std::int64_t M, int dtype, Address s, std::int64_t s_numel, Address a, std::int64_t a_numel, float a_scaling,
+           Address b, std::int64_t b_numel, std::int64_t b_row_stride, std::int64_t b_rank_stride, std::int64_t R,
+           Address bias, std::int64_t bias_numel, Address scale, std::int64_t scale_numel, Address workspace,
+           std::int64_t workspace_numel, Address y, std::int64_t y_numel, int device, Address stream) {
   const char* op = "linear_4bit";
   const Nf4Matrix w = packed_weight(packed, packed_numel, absmax, absmax_numel, nested_absmax, nested_numel, nested_map,
                                     map_numel, offset, N, K, blocksize, type)
@@ -92,13 +92,22 @@ void fused(Address packed, std::int64_t packed_numel, Address absmax, std::int64
     epilogue.scale = pointer<const float>(scale, N, op, "scale");
   }
   if (R > 0) {
-    check_count(s_numel, M * R, op, "s", "M·R");
+    if (a != 0) {
+      check(!kMatmul && R <= kNf4ShrinkRanks && s == 0, op, ": lora_a of ", R, " ranks, expected at most ",
+            kNf4ShrinkRanks, " in nf4_matvec_cuda and no s");
+      check_count(a_numel, R * K, op, "lora_a", "R·K");
+      check(a % 16 == 0, op, ": lora_a must begin at a multiple of 16 bytes");
+      epilogue.a = pointer<const float>(a, a_numel, op, "lora_a");
+      epilogue.a_scaling = a_scaling;
+    } else {
+      check_count(s_numel, M * R, op, "s", "M·R");
+      epilogue.s = pointer<const float>(s, s_numel, op, "s");
+    }
     check_count(b_numel, N * R, op, "lora_b", "N·R");
     const bool dense =
         (b_rank_stride == 1 && b_row_stride == R) || (b_row_stride == 1 && b_rank_stride == N) || N == 1 || R == 1;
     check(dense, op, ": lora_b has strides ", b_row_stride, ", ", b_rank_stride, ", expected a dense [", N, ", ", R,
           "]");
-    epilogue.s = pointer<const float>(s, s_numel, op, "s");
     epilogue.b = pointer<const float>(b, b_numel, op, "lora_b");
     epilogue.b_row_stride = R == 1 && N > 1 ? 1 : b_row_stride;
     epilogue.b_rank_stride = N == 1 && R > 1 ? 1 : b_rank_stride;
@@ -124,10 +133,11 @@ void define_fused(py::module_& m, const char* name, F f) {
   m.def(name, f, py::arg("packed"), py::arg("packed_numel"), py::arg("absmax"), py::arg("absmax_numel"),
         py::arg("nested_absmax"), py::arg("nested_numel"), py::arg("nested_map"), py::arg("map_numel"),
         py::arg("offset"), py::arg("N"), py::arg("K"), py::arg("blocksize"), py::arg("quant_type"), py::arg("x"),
-        py::arg("x_numel"), py::arg("M"), py::arg("dtype"), py::arg("s"), py::arg("s_numel"), py::arg("b"),
-        py::arg("b_numel"), py::arg("b_row_stride"), py::arg("b_rank_stride"), py::arg("R"), py::arg("bias"),
-        py::arg("bias_numel"), py::arg("scale"), py::arg("scale_numel"), py::arg("workspace"),
-        py::arg("workspace_numel"), py::arg("y"), py::arg("y_numel"), py::arg("device"), py::arg("stream"));
+        py::arg("x_numel"), py::arg("M"), py::arg("dtype"), py::arg("s"), py::arg("s_numel"), py::arg("a"),
+        py::arg("a_numel"), py::arg("a_scaling"), py::arg("b"), py::arg("b_numel"), py::arg("b_row_stride"),
+        py::arg("b_rank_stride"), py::arg("R"), py::arg("bias"), py::arg("bias_numel"), py::arg("scale"),
+        py::arg("scale_numel"), py::arg("workspace"), py::arg("workspace_numel"), py::arg("y"), py::arg("y_numel"),
+        py::arg("device"), py::arg("stream"));
 }
 #endif
 

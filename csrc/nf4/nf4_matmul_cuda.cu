@@ -13,6 +13,8 @@
 //   block    256 threads, 128 rows of W, a slab of 256 inputs a turn: 4 warps of 32 rows by 2 halves of the slab
 //   pipeline the next slab's x (cp.async, two buffers) and packed bytes (64 a lane, registers) arrive during this one's
 //            products; one barrier a turn
+//   low rank S · Bᵀ is 16 more inputs for each 16 ranks, the first that are summed, in the first part of K; their
+//            operands come from memory in fp32, while the first slab is on its way
 //   sums     fp32; the halves are added in shared memory, the parts of K (grid.y) by a second kernel, in order: no
 //            atomics. How K is cut depends on N and K alone, so a row's bits do not depend on M or on the GPU.
 //
@@ -76,6 +78,42 @@ __device__ __forceinline__ std::uint32_t round_pair<__half>(float low, float hig
   return *reinterpret_cast<const std::uint32_t*>(&pair);
 }
 
+// four[i] = from[i · stride], zero from `count` on.
+__device__ __forceinline__ void load_four(const float* from, std::int64_t stride, std::int64_t count,
+                                          float (&four)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four[i] = i < count ? from[i * stride] : 0.0f;
+}
+
+// d += S [M, R] · B [N, R]ᵀ, as the products below: lane (g, q) holds ranks 4 q to 4 q + 3 of 16 for its four rows of W,
+// and for rows 8 t + g of x.
+template <typename T, int kTiles>
+__device__ __forceinline__ void add_low_rank(const Nf4Epilogue& e, int M, std::int64_t N, std::int64_t row0, int half,
+                                             float (&d)[2][kTiles][4]) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+  for (std::int64_t r0 = half * 16; r0 < e.R; r0 += kHalves * 16) {
+    const std::int64_t rank = r0 + 4 * q, ranks = e.R - rank;
+    std::uint32_t a[2][4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const std::int64_t n = row0 + r * 8 + g;
+      float v[4];
+      load_four(e.b + n * e.b_row_stride + rank * e.b_rank_stride, e.b_rank_stride, n < N ? ranks : 0, v);
+      a[r / 2][r % 2] = round_pair<T>(v[0], v[1]);
+      a[r / 2][r % 2 + 2] = round_pair<T>(v[2], v[3]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int m = t * 8 + g;
+      float v[4];
+      load_four(e.s + m * e.R + rank, 1, m < M ? ranks : 0, v);
+      const std::uint32_t column[2] = {round_pair<T>(v[0], v[1]), round_pair<T>(v[2], v[3])};
+      kp::mma_m16n8k16<T>(d[0][t], a[0], column);
+      kp::mma_m16n8k16<T>(d[1][t], a[1], column);
+    }
+  }
+}
+
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
     nf4_matmul_kernel(const Nf4Matrix w,              //
@@ -83,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
                       const T* __restrict__ x,        // [M, K], M up to 8·kTiles
                       int M,                          //
                       std::int64_t slabs,             // of a part of K
-                      const Nf4Epilogue epilogue,     // applied where K is not cut
+                      const Nf4Epilogue epilogue,     // bias and scale are applied where K is not cut
                       float* __restrict__ workspace,  // [parts, M, N] where it is, or null
                       T* __restrict__ y) {            // [M, N]
   unsigned char* table = kdyn_smem();
@@ -123,6 +161,7 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
   stage_x(first, 0);
   load_w(first, pieces);
   fill_pair_table(table, w.type);
+  if (epilogue.s != nullptr && blockIdx.y == 0) add_low_rank<T>(epilogue, M, w.N, row0, half, d);
   int buffer = 0;
   for (std::int64_t k0 = first; k0 < end; k0 += kSlab, buffer ^= 1) {
     kp::cp_async_wait<0>();
@@ -189,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
     if (workspace != nullptr)
       workspace[(std::int64_t(blockIdx.y) * M + m) * w.N + n] = sum;
     else
-      y[m * w.N + n] = rounded<T>(finish(epilogue, sum, m, n));
+      y[m * w.N + n] = rounded<T>(finish(epilogue, sum, n));
   }
 }
 
@@ -203,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
   if (n >= N) return;
   float sum = 0;
   for (std::int64_t part = 0; part < parts; ++part) sum += workspace[(part * M + m) * N + n];
-  y[m * N + n] = rounded<T>(finish(epilogue, sum, m, n));
+  y[m * N + n] = rounded<T>(finish(epilogue, sum, n));
 }
 
 template <typename T, int kTiles>

@@ -12,12 +12,18 @@ namespace pyfastpeft {
 constexpr int kPairEntryBytes = 256;
 constexpr int kPairTableBytes = 256 * kPairEntryBytes;
 
-// All threads of the block together; a __syncthreads() belongs behind it.
+// All threads of the block together; a __syncthreads() belongs behind it. A warp writes the 16 bytes of one high nibble
+// after another: the levels are loaded once, side by side, and nothing waits between the stores.
 __device__ __forceinline__ void fill_pair_table(unsigned char* table, QuantType type) {
   const float* levels = quant_levels[int(type)];
-  for (int i = threadIdx.x; i < 256 * kWarp; i += blockDim.x) {
-    const int byte = i / kWarp;
-    *reinterpret_cast<float2*>(table + i * 8) = make_float2(levels[byte / 16], levels[byte % 16]);
+  float low[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) low[i] = levels[i];
+  for (int high = threadIdx.x / kWarp; high < 16; high += blockDim.x / kWarp) {
+    const float level = levels[high];
+    unsigned char* entries = table + high * 16 * kPairEntryBytes + threadIdx.x % kWarp * 8;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) *reinterpret_cast<float2*>(entries + i * kPairEntryBytes) = make_float2(level, low[i]);
   }
 }
 
@@ -63,15 +69,9 @@ __device__ __forceinline__ float piece_scale(const Nf4Matrix& w, float offset, c
   }
 }
 
-// The finished value of row m, column n.
-__device__ __forceinline__ float finish(const Nf4Epilogue& e, float sum, std::int64_t m, std::int64_t n) {
+// The finished value of column n. The low-rank term is in the sum already.
+__device__ __forceinline__ float finish(const Nf4Epilogue& e, float sum, std::int64_t n) {
   if (e.bias != nullptr) sum += e.bias[n];
-  if (e.s != nullptr) {
-    float low = 0;
-    for (std::int64_t r = 0; r < e.R; ++r)
-      low = fmaf(e.s[m * e.R + r], e.b[n * e.b_row_stride + r * e.b_rank_stride], low);
-    sum += low;
-  }
   return e.scale != nullptr ? sum * e.scale[n] : sum;
 }
 

@@ -12,6 +12,10 @@
 //           at a time; the next four are being loaded while these are summed: 128 bytes in flight a lane
 //   sums    a lane sums 32 products of levels, then scales them once; lanes by shuffles, chunks in order through shared
 //           memory. No atomics, and no part of the order depends on M, the grid or the GPU.
+//   low rank  the warps of the first chunk add S · B[n] to their rows' sums, 8 lanes a row: B is read once, in the order
+//           of its rows, and asked for before the step's products. S may be made here too, by every block for
+//           itself from A: 4·R·K bytes of it from the L2 for each SM, 17 MB in all for 8 ranks of 4096, about 3 us, where
+//           a launch of its own and that of its partial sums cost 4.
 #include <algorithm>
 
 #include "common/check.h"
@@ -26,6 +30,8 @@ constexpr int kPieceValues = 32;              // of a lane: 16 packed bytes
 constexpr int kChunk = kWarp * kPieceValues;  // inputs a warp covers
 constexpr int kRows = 4;                      // rows of W a warp sums at a time
 constexpr int kPartials = kWarps * kRows;     // sums of a block's step
+constexpr int kLowRanks = 16;                 // of B, asked for before a step's products
+static_assert(kNf4ShrinkRanks <= kLowRanks, "S that is made here lies in low_s");
 
 // x[first, first + 32) as fp32; zeros where there is none.
 template <typename T>
@@ -51,17 +57,30 @@ __device__ __forceinline__ void dot_word(const unsigned char* table, std::uint32
   }
 }
 
-// The sums over the warp of four values a lane; lane 8·r ends with that of sums[r]. Six shuffles instead of twenty: each
-// step halves what a lane is in charge of.
-__device__ __forceinline__ float warp_sum_rows(const float (&sums)[kRows], int lane) {
+// The sums over the warp of four values a lane; lane 8·r ends with that of sums[r] and of `more` in lanes 8·r to 8·r + 7.
+// Six shuffles instead of twenty: each step halves what a lane is in charge of.
+__device__ __forceinline__ float warp_sum_rows(const float (&sums)[kRows], float more, int lane) {
   static_assert(kRows == 4, "two halvings, then three sums");
   const bool upper = lane & 16, right = lane & 8;
   const float a = (upper ? sums[2] : sums[0]) + __shfl_xor_sync(0xffffffffu, upper ? sums[0] : sums[2], 16);
   const float b = (upper ? sums[3] : sums[1]) + __shfl_xor_sync(0xffffffffu, upper ? sums[1] : sums[3], 16);
-  float c = (right ? b : a) + __shfl_xor_sync(0xffffffffu, right ? a : b, 8);
+  float c = (right ? b : a) + __shfl_xor_sync(0xffffffffu, right ? a : b, 8) + more;
 #pragma unroll
   for (int offset = 4; offset > 0; offset /= 2) c += __shfl_xor_sync(0xffffffffu, c, offset);
   return c;
+}
+
+__device__ __forceinline__ float dot(const float* __restrict__ a, const float (&x)[kPieceValues]) {
+  float sums[4] = {};
+#pragma unroll
+  for (int c = 0; c < kPieceValues; c += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(a + c);
+    sums[0] = fmaf(v.x, x[c], sums[0]);
+    sums[1] = fmaf(v.y, x[c + 1], sums[1]);
+    sums[2] = fmaf(v.z, x[c + 2], sums[2]);
+    sums[3] = fmaf(v.w, x[c + 3], sums[3]);
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <typename T, bool kNested>
@@ -73,6 +92,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                       T* __restrict__ y) {         // [M, N]
   unsigned char* table = kdyn_smem();
   KSHARED(float, partial, [2][kPartials]);
+  KSHARED(float, shrunk, [kNf4ShrinkRanks][kWarps]);  // S by chunks
+  KSHARED(float, low_s, [kLowRanks]);
   fill_pair_table(table, w.type);
   const float offset = kNested ? *w.absmax.offset : 0.0f;
 
@@ -102,11 +123,46 @@ __global__ void __launch_bounds__(kThreads, 1)
   Piece pieces[kRows], coming[kRows];
   load_rows(blockIdx.x, own_first, pieces);
   load_inputs(own_first);
+  if (epilogue.a != nullptr && !idle) {
+    for (int rank = group; rank < epilogue.R; rank += groups) {
+      float sum = 0;
+      for (std::int64_t first = own_first; first - lane * kPieceValues < w.K; first += stride) {
+        if (first != own_first) load_inputs(first);
+        if (first < w.K) sum += dot(epilogue.a + rank * w.K + first, values);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) shrunk[rank][warp % own] = sum;
+      if (chunks > own) load_inputs(own_first);
+    }
+  }
   __syncthreads();
+
+  if (threadIdx.x < kLowRanks && threadIdx.x < epilogue.R) {
+    float sum = 0;
+    if (epilogue.a != nullptr) {
+      for (int c = 0; c < own; ++c) sum += shrunk[threadIdx.x][c];
+      sum *= epilogue.a_scaling;
+    } else {
+      sum = epilogue.s[blockIdx.y * epilogue.R + threadIdx.x];
+    }
+    low_s[threadIdx.x] = sum;
+  }
+  __syncthreads();
+  const bool low_rank = epilogue.b != nullptr && !idle && warp % own == 0;
 
   int turn = 0;
   for (std::int64_t step = blockIdx.x; step < steps; step += gridDim.x, turn ^= 1) {
-    float sums[kRows] = {};
+    float sums[kRows] = {}, low = 0, b[2] = {};
+    if (low_rank) {  // lane 8·r + i: ranks i, i + 8, ... of row r
+      const std::int64_t n = step * step_rows + group * kRows + lane / 8;
+      const float* row = epilogue.b + n * epilogue.b_row_stride;
+      const int ranks = n < w.N ? int(epilogue.R) : 0;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (lane % 8 + 8 * i < ranks) b[i] = row[(lane % 8 + 8 * i) * epilogue.b_rank_stride];
+      for (int rank = kLowRanks + lane % 8; rank < ranks; rank += 8)
+        low = fmaf(epilogue.s[blockIdx.y * epilogue.R + rank], row[rank * epilogue.b_rank_stride], low);
+    }
     for (std::int64_t first = own_first; first - lane * kPieceValues < w.K; first += stride) {
       const bool last = first - lane * kPieceValues + stride >= w.K;
       load_rows(last ? step + gridDim.x : step, last ? own_first : first + stride, coming);
@@ -123,14 +179,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int r = 0; r < kRows; ++r) pieces[r] = coming[r];
       if (chunks > own) load_inputs(last ? own_first : first + stride);
     }
-    const float sum = warp_sum_rows(sums, lane);
+    if (low_rank) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (lane % 8 + 8 * i < int(epilogue.R)) low = fmaf(low_s[lane % 8 + 8 * i], b[i], low);
+    }
+    const float sum = warp_sum_rows(sums, low, lane);
     if (!idle && lane % 8 == 0) partial[turn][(group * kRows + lane / 8) * own + warp % own] = sum;
     __syncthreads();  // one a step: the next one writes the other half of `partial`
     const std::int64_t n = step * step_rows + threadIdx.x;
     if (threadIdx.x < step_rows && n < w.N) {
       float total = 0;
       for (int c = 0; c < own; ++c) total += partial[turn][threadIdx.x * own + c];
-      y[blockIdx.y * w.N + n] = rounded<T>(finish(epilogue, total, blockIdx.y, n));
+      y[blockIdx.y * w.N + n] = rounded<T>(finish(epilogue, total, n));
     }
   }
 }

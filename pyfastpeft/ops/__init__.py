@@ -5,5 +5,10 @@ from pyfastpeft.ops.ia3 import ia3_scale
 from pyfastpeft.ops.lora import linear_lora
 from pyfastpeft.ops.nf4 import dequantize_4bit, quantize_4bit
 from pyfastpeft.ops.nf4_matmul import linear_4bit
+from pyfastpeft.ops.nf4_matmul_cuda import batch_invariant
+from pyfastpeft.ops.nf4_matmul_ia3 import linear_4bit_ia3
 
-__all__ = ["adamw_", "dequantize_4bit", "ia3_scale", "linear_4bit", "linear_lora", "quantize_4bit"]
+__all__ = [
+    "adamw_", "batch_invariant", "dequantize_4bit", "ia3_scale", "linear_4bit", "linear_4bit_ia3", "linear_lora",
+    "quantize_4bit",
+]  # fmt: skip

@@ -129,14 +129,19 @@ def _product(x, tile, bias, out) -> None:
         torch.addmm(bias, x, tile, out=out)
 
 
+def _check_forward(op, x, flat, shape, bias, lora_a, lora_b, dropout_p, seed) -> tuple[int, int]:
+    N, K = _check(op, x.device, *flat, shape)
+    check_operands(op, x.device, N, K, bias, lora_a, lora_b, dropout_p, seed)
+    check_x(op, x, N, K)
+    return N, K
+
+
 def _forward_cpu(
     x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, bias, lora_a, lora_b,
     scaling, dropout_p, seed,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check("linear_4bit", x.device, *flat, shape)
-    check_operands("linear_4bit", x.device, N, K, bias, lora_a, lora_b, dropout_p, seed)
-    check_x("linear_4bit", x, N, K)
+    N, K = _check_forward("linear_4bit", x, flat, shape, bias, lora_a, lora_b, dropout_p, seed)
     rows, w = as_rows(x), _Weight(*flat, N, K)
     y = x.new_empty(rows.shape[0], N)
     if y.numel():
@@ -151,9 +156,7 @@ def _forward_cuda(
     scaling, dropout_p, seed,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check("linear_4bit", x.device, *flat, shape)
-    check_operands("linear_4bit", x.device, N, K, bias, lora_a, lora_b, dropout_p, seed)
-    check_x("linear_4bit", x, N, K)
+    N, K = _check_forward("linear_4bit", x, flat, shape, bias, lora_a, lora_b, dropout_p, seed)
     w = nf4_matmul_cuda.Weight(*flat, N, K)
     y = nf4_matmul_cuda.forward(w, as_rows(x), bias, lora_a, lora_b, scaling, dropout_p, seed)
     return y.view(*x.shape[:-1], N)
@@ -163,11 +166,8 @@ def _forward_fake(
     x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, bias, lora_a, lora_b,
     scaling, dropout_p, seed,
 ):  # fmt: skip
-    N, K = _check(
-        "linear_4bit", x.device, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape
-    )
-    check_operands("linear_4bit", x.device, N, K, bias, lora_a, lora_b, dropout_p, seed)
-    check_x("linear_4bit", x, N, K)
+    flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
+    N, _ = _check_forward("linear_4bit", x, flat, shape, bias, lora_a, lora_b, dropout_p, seed)
     return x.new_empty((*x.shape[:-1], N))
 
 

@@ -4,9 +4,10 @@
     up to 64      matmul: tensor cores fed from the packed bytes, 16-bit x, compute capability 8.0 and newer
     more          W dequantised into one torch.empty, torch's matmul, the low-rank path in place of a bias
 
-The fused kernels take S = scaling · drop(x) · Aᵀ from a launch of its own (ops/_linear_cuda.py: shrink) and add S·Bᵀ,
-the bias and an (IA)³ scale before their one rounding. W whose rows are no multiple of 32 values takes the last way for
-every M: its rows do not begin at a 16-byte address.
+The fused kernels add S·Bᵀ, the bias and an (IA)³ scale before their one rounding. S = scaling · drop(x) · Aᵀ is made in
+the matvec launch itself up to `shrink_ranks` ranks: each SM reads A then. Else it is a launch of its own
+(ops/_linear_cuda.py: shrink). W whose rows are no multiple of 32 values takes the last way for every M: its rows do not
+begin at a 16-byte address.
 """
 
 from __future__ import annotations
@@ -23,22 +24,27 @@ from pyfastpeft.ops._library import dtype_code
 ROW_MULTIPLE = 32  # values: 16 packed bytes
 MATMUL_ROWS = 64  # the most rows of x that csrc/nf4/nf4_matmul_cuda.cu takes
 MATVEC_ROWS = 4096  # of a launch of csrc/nf4/nf4_matvec_cuda.cu: they are its grid's second dimension
+SHRINK_ROWS = 32  # up to which lora_shrink_cuda sums every row in the same order
 
 
 class Switch(NamedTuple):
-    """Up to how many rows of x each kernel is chosen."""
+    """Up to how many rows of x each kernel is chosen, and up to how many ranks matvec makes S for one row."""
 
     matvec_16bit: int
     matvec_float32: int
     matmul: int
+    shrink_ranks: int
 
 
 # By compute capability, the newest one that is not newer than the GPU. Predicted from bytes and instruction counts, not
 # yet measured on hardware: the matvec kernel reads the weights once per row of x, the matmul kernel once per 64; W in
-# fp32 costs 17 times the packed bytes to write and read, so dot products win up to 8 rows.
+# fp32 costs 17 times the packed bytes to write and read, so dot products win up to 8 rows. For 8 ranks of 4096 inputs the
+# SMs together read 17 MB of A from the L2, about 3 us; two launches for S take 4.
 SWITCHES = {
-    (7, 5): Switch(matvec_16bit=0, matvec_float32=0, matmul=0),  # 64 KiB of shared memory: no room for the table
-    (8, 0): Switch(matvec_16bit=1, matvec_float32=8, matmul=64),
+    (7, 5): Switch(
+        matvec_16bit=0, matvec_float32=0, matmul=0, shrink_ranks=0
+    ),  # 64 KiB of shared memory: no room for the table
+    (8, 0): Switch(matvec_16bit=1, matvec_float32=8, matmul=64, shrink_ranks=8),
 }
 
 _batch_invariant = False
@@ -49,9 +55,9 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Within it linear_4bit on CUDA gives a row of x the same bits whatever its place and the number of rows.
 
     One kernel and one way of cutting sums for every M: 64 rows at a time through the tensor cores (16-bit x), one by one
-    for float32. Costs speed for one or two rows and for many; the backward is not concerned. Without effect on
-    weights that the fused kernels can't read (rows that are no multiple of 32 values) and before compute capability
-    8.0, where a RuntimeError says so.
+    for float32, the low-rank path included. Costs speed for one row and for many. The backward is not concerned; neither
+    is dropout, whose mask belongs to a value's place. Raises RuntimeError for weights that the fused kernels cannot read
+    (rows that are no multiple of 32 values) and before compute capability 8.0. A switch of the process, not of a thread.
     """
     global _batch_invariant
     former, _batch_invariant = _batch_invariant, enabled
@@ -71,10 +77,10 @@ def _kernel(x: torch.Tensor, N: int, K: int) -> str:
     wide = x.dtype == torch.float32
     if _batch_invariant:
         if K % ROW_MULTIPLE or limits.matmul == 0:
-            reason = f"rows of {K} values" if K % ROW_MULTIPLE else "a GPU before compute capability 8.0"
+            got = f"a weight with rows of {K} values" if K % ROW_MULTIPLE else "a GPU before compute capability 8.0"
             raise RuntimeError(
-                f"linear_4bit: batch_invariant is on, and {reason} can't be read by the kernels that promise it "
-                f"(multiples of {ROW_MULTIPLE}, compute capability 8.0); leave batch_invariant for this layer"
+                f"linear_4bit: batch_invariant is on and this is {got}; the kernels that promise it need rows of a "
+                f"multiple of {ROW_MULTIPLE} values and compute capability 8.0; leave batch_invariant for this layer"
             )
         return "matvec" if wide else "matmul"
     M = x.shape[0]
@@ -105,7 +111,7 @@ class Weight:
         return (*packed, *absmax, *nested_absmax, *nested_map, offset[0])
 
     @property
-    def fits(self) -> bool:
+    def aligned(self) -> bool:
         """The fused kernels read 16 bytes at a time."""
         return self.tensors[0].data_ptr() % 16 == 0
 
@@ -121,21 +127,44 @@ class Weight:
 
 def forward(w: Weight, x, bias, lora_a, lora_b, scaling, dropout_p, seed, ia3_scale=None) -> torch.Tensor:
     """[M, N] in x's dtype: (x·Wᵀ + bias + scaling·drop(x)·Aᵀ·Bᵀ) · ia3_scale, the last where one is given; x contiguous."""
-    kernel = _kernel(x, w.N, w.K) if w.fits else "dequantise"
-    if x.shape[0] == 0 or w.N == 0 or w.K == 0:
-        kernel = "dequantise"
+    if x.shape[0] == 0 or w.N == 0:
+        return x.new_empty(x.shape[0], w.N)
+    kernel = _kernel(x, w.N, w.K) if w.K > 0 else "dequantise"
+    if not w.aligned and kernel != "dequantise":
+        if _batch_invariant:
+            w.tensors[0] = w.tensors[0].clone()
+        else:
+            kernel = "dequantise"
     if kernel == "dequantise":
         y = _dense(w, x, bias, lora_a, lora_b, scaling, dropout_p, seed)
-        return y if ia3_scale is None else torch.ops.pyfastpeft.ia3_scale(y, ia3_scale)
+        return y if ia3_scale is None else y.mul_(ia3_scale)
     if x.data_ptr() % 16:
         x = x.clone()  # at most a few rows, or batch_invariant
+    s = a = None
+    if lora_a is not None:
+        if kernel == "matvec" and _makes_s(x, lora_a, dropout_p):
+            a = lora_a.to(torch.float32)
+        else:
+            s = _shrink(x, lora_a, scaling, dropout_p, seed)
     y = x.new_empty(x.shape[0], w.N)
-    s = None if lora_a is None else _linear_cuda.shrink(x, lora_a, scaling, dropout_p, seed)
-    _fused(kernel, w, x, s, lora_b, bias, ia3_scale, y)
+    _fused(kernel, w, x, s, a, scaling, lora_b, bias, ia3_scale, y)
     return y
 
 
-def _fused(kernel: str, w: Weight, x, s, lora_b, bias, ia3_scale, y) -> None:
+def _makes_s(x, lora_a, dropout_p: float) -> bool:
+    """Whether the matvec launch makes S: for one row, few ranks, no dropout."""
+    few = x.shape[0] == 1 and 0 < lora_a.shape[0] <= switch(_cuda.capability(x)).shrink_ranks
+    readable = lora_a.is_contiguous() and (lora_a.dtype != torch.float32 or lora_a.data_ptr() % 16 == 0)
+    return few and readable and dropout_p == 0 and not _batch_invariant
+
+
+def _shrink(x, lora_a, scaling, dropout_p, seed) -> torch.Tensor:
+    if not _batch_invariant or dropout_p > 0 or x.shape[0] <= SHRINK_ROWS:
+        return _linear_cuda.shrink(x, lora_a, scaling, dropout_p, seed)
+    return torch.cat([_linear_cuda.shrink(rows, lora_a, scaling) for rows in x.split(SHRINK_ROWS)])
+
+
+def _fused(kernel: str, w: Weight, x, s, a, scaling, lora_b, bias, ia3_scale, y) -> None:
     module, device, stream = _cuda.target(x, "linear_4bit")
     code = dtype_code(x.dtype, "linear_4bit", "x")
     b, bias, ia3_scale = (None if t is None else t.to(torch.float32) for t in (lora_b, bias, ia3_scale))
@@ -153,8 +182,9 @@ def _fused(kernel: str, w: Weight, x, s, lora_b, bias, ia3_scale, y) -> None:
         space = torch.empty(workspace, dtype=torch.float32, device=x.device)
         run = module.nf4_matmul_cuda if kernel == "matmul" else module.nf4_matvec_cuda
         run(
-            *w.arguments(), w.N, w.K, w.blocksize, w.quant_type, *_address(rows), M, code, *_address(low), *_address(b),
-            *strides, rank, *_address(bias), *_address(ia3_scale), *_address(space), *_address(out), device, stream,
+            *w.arguments(), w.N, w.K, w.blocksize, w.quant_type, *_address(rows), M, code, *_address(low), *_address(a),
+            scaling, *_address(b), *strides, rank, *_address(bias), *_address(ia3_scale), *_address(space),
+            *_address(out), device, stream,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -62,4 +62,14 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / "module" / target.name, target)
 
 
-setup(ext_modules=[Extension("pyfastpeft._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+packages, package_dir = find_packages(include=["pyfastpeft*"]), {}
+if "editable_wheel" not in sys.argv:  # a checkout's own bench/ is found where it lies (pyfastpeft/_bench.py)
+    packages.append("pyfastpeft.bench")
+    package_dir["pyfastpeft.bench"] = "bench"
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    ext_modules=[Extension("pyfastpeft._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

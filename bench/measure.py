@@ -39,6 +39,8 @@ def _cpu_model() -> str:
 
 
 def _git(*args: str) -> str:
+    if not (ROOT / ".git").exists():
+        return ""  # installed, perhaps inside someone else's repository
     result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else ""
 

@@ -8,35 +8,36 @@ import torch
 import pyfastpeft as pf
 
 
-def main() -> None:
+def main(device: str = "cuda") -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for n, k in ((48, 192), (33, 67)):
-            w = torch.randn(n, k, device="cuda", dtype=dtype)
+            w = torch.randn(n, k, device=device, dtype=dtype)
             for blocksize in (32, 64, 4096):
                 for quant_type in ("nf4", "fp4"):
                     for nested in (False, True):
                         q = pf.ops.quantize_4bit(w, blocksize, quant_type, double_quant=nested)
                         pf.ops.dequantize_4bit(q)
             q = pf.ops.quantize_4bit(w, 64, double_quant=True)
-            a = torch.randn(5, k, device="cuda", requires_grad=True)
-            b = torch.randn(n, 5, device="cuda", requires_grad=True)
-            bias = torch.randn(n, device="cuda", dtype=dtype, requires_grad=True)
+            a = torch.randn(5, k, device=device, requires_grad=True)
+            b = torch.randn(n, 5, device=device, requires_grad=True)
+            bias = torch.randn(n, device=device, dtype=dtype, requires_grad=True)
             for m in (1, 3, 17, 64, 130):
-                x = torch.randn(m, k, device="cuda", dtype=dtype, requires_grad=True)
+                x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
                 for p in (0.0, 0.25):
                     pf.ops.linear_4bit(x, q, bias, a, b, 2.0, p).sum().backward()
                     pf.ops.linear_lora(x, w, bias, a, b, 2.0, p).sum().backward()
-                scale = torch.randn(k, device="cuda", requires_grad=True)
+                scale = torch.randn(k, device=device, requires_grad=True)
                 pf.ops.ia3_scale(x, scale).sum().backward()
-        params = [torch.nn.Parameter(torch.randn(s, device="cuda", dtype=dtype)) for s in ((5000,), (3, 7), (4097,))]
+        params = [torch.nn.Parameter(torch.randn(s, device=device, dtype=dtype)) for s in ((5000,), (3, 7), (4097,))]
         for bits in (32, 8):
             optimizer = pf.optim.AdamW(params, state_bits=bits)
             for _ in range(2):
                 for p in params:
                     p.grad = torch.randn_like(p)
                 optimizer.step()
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     print("small run: done")
 
 

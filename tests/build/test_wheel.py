@@ -42,6 +42,7 @@ def test_wheel_holds_the_package_and_its_data(wheel):
     model = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pyfastpeft" / "demo" / "model").glob("*") if p.is_file()}
     assert model <= names
     assert "pyfastpeft/py.typed" in names
+    assert {f"pyfastpeft/bench/{p.name}" for p in (ROOT / "bench").glob("*.py")} <= names
     assert len([n for n in names if re.fullmatch(r"pyfastpeft/_C\..*\.so", n)]) == 1
 
 

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const std::int64_t begin = blockIdx.y * part_rows + group;
   const std::int64_t end = (blockIdx.y + 1) * part_rows < M ? (blockIdx.y + 1) * part_rows : M;
   // this thread's rows: begin, begin + groups, ...; none in the lanes beyond the last column
-  const std::int64_t rows = column < D && begin < end ? (end - begin + groups - 1) / groups : 0;
+  const std::int64_t rows = column < D ? (end - begin + groups - 1) / groups : 0;
   const std::int64_t grad_step = groups * grad_stride, x_step = groups * x_stride, grad_x_step = groups * D;
   grad_y += begin * grad_stride + column;
   x += begin * x_stride + column;

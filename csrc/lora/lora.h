@@ -59,8 +59,9 @@ void lora_dropout_cpu(const float* x, std::int64_t begin, std::int64_t count, co
 // The seed of a mask lies in device memory and is read by the kernel: nothing here waits for the stream, and all of it can
 // be captured in a graph. Bits depend on the shapes alone, not on the GPU's size or the run: partial sums are split by
 // M, D and R only and added in one order.
-// With `tensor_cores` (sm_80 and newer; 16-bit dtypes) the fp32 factor is rounded to `dtype` once, as autocast would
-// round it; sums are fp32, and alpha and the dropout's 1/(1-p) are applied to them. Without, fp32 products throughout.
+// With `tensor_cores` (sm_80 and newer) 16-bit dtypes whose rows start at multiples of 16 bytes go to the tensor cores: the
+// fp32 operands (A; S and C; P) are rounded to `dtype` once, as autocast would round them; sums are fp32, and alpha and
+// the dropout's 1/(1-p) are applied to them. Everything else is computed from fp32 products throughout.
 
 struct LoraDropoutCuda {
   double p;                  // as above

@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kLoraThreads, kTiles == 1 ? 2 : 1)
   constexpr int kTileBytes = 16 * kTiles * kStride * int(sizeof(T));
   constexpr int kSums = kTiles * 8 * 4;  // of a lane
   constexpr int kSumBytes = kColumnWarps * kSums * kWarp * int(sizeof(float));
-  KSHARED(unsigned char, shared, [kTileBytes > kSumBytes ? kTileBytes : kSumBytes]);
+  static_assert(kTileBytes <= kSumBytes, "the tile lies where the sums will");
+  KSHARED(unsigned char, shared, [kSumBytes]);
   auto* tile = reinterpret_cast<std::uint32_t*>(shared);  // pairs of P along M: [rank][kStride / 2]
   auto* sums = reinterpret_cast<float*>(shared);
 

@@ -11,7 +11,7 @@
 // predicted 32 µs; with `add` 235 MB, 55 µs, predicted 62 µs. A matmul of cuBLAS with beta = 1 would move what `add`
 // moves, and needs S and C converted first. So the layers call this first and let the base's matmul add to it
 // (beta = 1): its reading of Y hides behind 616 µs of tensor-core work.
-// Shared memory 1, 3 or 5 KB; 117, 140 or 178 registers for R to 16, 32, 64 and more: two blocks on an SM, one
+// Shared memory 1, 3 or 5 KB; 118, 147 or 168 registers for R to 16, 32, 64 and more: two blocks on an SM, one
 // from R = 17.
 //
 // FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows do not start at multiples of 16 bytes): a thread has four
@@ -103,6 +103,21 @@ __global__ void __launch_bounds__(kLoraThreads, kSteps == 1 ? 2 : 1)
       }
   };
   if (working) load_c(0);
+  // The next tile's values: what memory takes to answer passes during the products of this one. With 64 ranks there are
+  // neither registers for that nor much need: the products take longer.
+  constexpr bool kAhead = kSteps < 4;
+  float ahead[kSteps][2];
+  const auto load_s = [&](int pair, std::int64_t from_row, std::int64_t from_rank, float (&two)[2]) {
+    const std::int64_t row = from_row + pair / (kRanks / 2), rank = from_rank + 2 * (pair % (kRanks / 2));
+    two[0] = row < M && rank < R ? s[row * R + rank] : 0.0f;
+    two[1] = row < M && rank + 1 < R ? s[row * R + rank + 1] : 0.0f;
+  };
+  const auto fetch_s = [&](std::int64_t from_row, std::int64_t from_rank) {
+    static_assert(kRows * kRanks / 2 == kSteps * kLoraThreads, "kSteps pairs a thread");
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) load_s(threadIdx.x + i * kLoraThreads, from_row, from_rank, ahead[i]);
+  };
+  if (kAhead) fetch_s(std::int64_t(blockIdx.y) * kRows, 0);
 
   for (std::int64_t first_row = std::int64_t(blockIdx.y) * kRows; first_row < M;
        first_row += std::int64_t(gridDim.y) * kRows) {
@@ -110,13 +125,18 @@ __global__ void __launch_bounds__(kLoraThreads, kSteps == 1 ? 2 : 1)
     for (std::int64_t first_rank = 0; first_rank < R; first_rank += kRanks) {
       if (R > kRanks && working) load_c(first_rank);
       __syncthreads();  // what the tile held is read
-      for (int i = threadIdx.x; i < kRows * kRanks / 2; i += kLoraThreads) {
-        const std::int64_t row = first_row + i / (kRanks / 2), rank = first_rank + 2 * (i % (kRanks / 2));
-        const float low = row < M && rank < R ? s[row * R + rank] : 0.0f;
-        const float high = row < M && rank + 1 < R ? s[row * R + rank + 1] : 0.0f;
-        tile[i / (kRanks / 2) * (kStride / 2) + i % (kRanks / 2)] = lora_pack<T>(low, high);
+#pragma unroll(kAhead ? kSteps : 2)
+      for (int i = 0; i < kSteps; ++i) {
+        const int pair = threadIdx.x + i * kLoraThreads;
+        if (!kAhead) load_s(pair, first_row, first_rank, ahead[0]);
+        const float (&two)[2] = ahead[kAhead ? i : 0];
+        tile[pair / (kRanks / 2) * (kStride / 2) + pair % (kRanks / 2)] = lora_pack<T>(two[0], two[1]);
       }
       __syncthreads();
+      if (kAhead) {
+        const bool last = first_rank + kRanks >= R;
+        fetch_s(last ? first_row + std::int64_t(gridDim.y) * kRows : first_row, last ? 0 : first_rank + kRanks);
+      }
       if (working) {
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m)

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
                            float* __restrict__ out) {  // [grid y, M, R]
   constexpr int kTileBytes = kTiles * 8 * kStride * int(sizeof(T));
   constexpr int kSumBytes = kMaxRowTiles * kRowTile * kTiles * 8 * int(sizeof(float));
-  KSHARED(unsigned char, shared, [kTileBytes > kSumBytes ? kTileBytes : kSumBytes]);
+  static_assert(kSumBytes <= kTileBytes, "the sums take the tile's place");
+  KSHARED(unsigned char, shared, [kTileBytes]);
   auto* tile = reinterpret_cast<std::uint32_t*>(shared);  // pairs of A: [rank][kStride / 2]
   auto* sums = reinterpret_cast<float*>(shared);
 
@@ -103,8 +104,7 @@ __global__ void __launch_bounds__(kLoraThreads, shrink_blocks(kTiles, kDrop))
     if (working) {
       for (int part = group; part < kStep / kWarpColumns; part += groups) {
         LoraEight rows[4] = {next[0], next[1], next[2], next[3]};
-        const int later = part + groups;
-        load(later < kStep / kWarpColumns ? step + later * kWarpColumns : step + kStep + group * kWarpColumns, next);
+        load(step + (part + groups) * kWarpColumns, next);  // of this step or the next
         if (kDrop) {
           unsigned kept = 0;  // a loop, not four copies: Philox is long, and two of them side by side are enough
 #pragma unroll 1
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2)
   float total[2] = {};
   for (std::int64_t step = begin; step < end; step += kFmaColumns) {
     float values[8];
-    lora_load_f32(x + (row < M ? row * D : 0), step + 8 * lane, row < M ? end : 0, vectors, values);
+    lora_load_f32(x + row * D, step + 8 * lane, row < M ? end : 0, vectors, values);
     if (kDrop) {
       const unsigned kept = lora_kept<8, false>(mask, key, row * D + step + 8 * lane);
 #pragma unroll

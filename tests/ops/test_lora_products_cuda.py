@@ -24,7 +24,7 @@ SHAPES = [
     (131, 40, 64),
     (7, 16, 70),
 ]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.6e-3}  # three roundings
 
 pytestmark = pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 
@@ -42,15 +42,16 @@ every_way = pytest.mark.parametrize("shape, dtype, tensor_cores", list(_ways()))
 
 
 @pytest.fixture(autouse=True)
-def _capability(request, monkeypatch):
+def _setup(request, monkeypatch):
+    torch.manual_seed(0)
     if "tensor_cores" in request.fixturenames and not request.getfixturevalue("tensor_cores"):
         monkeypatch.setattr(_cuda, "capability", lambda tensor: (7, 5))
 
 
-def _assert_close(got, exact, dtype):
-    """Root-mean-square error against the size of the result, or of its summands where they cancel."""
+def _assert_close(got, exact, dtype, summands):
+    """Root-mean-square error against the size of a sum of so many products of unit size, where it does not cancel."""
     error = (got.cpu().double() - exact).square().mean().sqrt()
-    assert error <= TOLERANCE[dtype] * exact.square().mean().sqrt().clamp_min(1), f"error {error:.3g}"
+    assert error <= TOLERANCE[dtype] * summands**0.5, f"error {error:.3g}"
 
 
 def _drop(t, p):
@@ -73,7 +74,7 @@ def test_shrink(shape, dtype, tensor_cores, device):
     for p, factor in zip((0.0, 0.3, 1.0), _orders(a, device), strict=True):
         got = _linear_cuda.shrink(x.to(device), factor, 1.5, p, SEED.to(device))
         assert got.dtype == torch.float32
-        _assert_close(got, 1.5 * _drop(x, p) @ a.double().t(), dtype)
+        _assert_close(got / 1.5, _drop(x, p) @ a.double().t(), dtype, D)
 
 
 @every_way
@@ -83,13 +84,12 @@ def test_expand(shape, dtype, tensor_cores, device):
     for p, factor in zip((0.0, 0.3, 1.0), _orders(c, device), strict=True):
         exact = _drop(s.double() @ c.double(), p)
         arguments = (s.to(device), factor, p, SEED.to(device))
-        # torch's own error includes the two roundings of this result, of S and of C
         got = _linear_cuda.expand_(y.clone().to(device), *arguments, add=True)
-        _assert_close(got / 2, (exact + y.double()) / 2, dtype)
+        _assert_close(got, exact + y.double(), dtype, R + 1)
         empty = torch.full_like(y, torch.nan, device=str(device))
-        _assert_close(_linear_cuda.expand_(empty, *arguments, add=False, bias=bias.to(device)) / 2,
-                      (exact + bias.double()) / 2, dtype)  # fmt: skip
-        _assert_close(_linear_cuda.expand_(empty, *arguments, add=False) / 2, exact / 2, dtype)
+        got = _linear_cuda.expand_(empty, *arguments, add=False, bias=bias.to(device))
+        _assert_close(got, exact + bias.double(), dtype, R + 1)
+        _assert_close(_linear_cuda.expand_(empty, *arguments, add=False), exact, dtype, R)
 
 
 @every_way
@@ -99,7 +99,7 @@ def test_accumulate(shape, dtype, tensor_cores, device):
     for p in (0.0, 0.3, 1.0):
         arguments = (s.to(device), x.to(device), p, SEED.to(device))
         got = _linear_cuda.accumulate(*arguments)
-        _assert_close(got, s.double().t() @ _drop(x, p), dtype)
+        _assert_close(got, s.double().t() @ _drop(x, p), dtype, M)
         transposed = torch.full((D, R), torch.nan, device=str(device))
         assert _linear_cuda.accumulate(*arguments, out=transposed.t()).data_ptr() == transposed.data_ptr()
         assert torch.equal(transposed.t(), got)

@@ -16,6 +16,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 // ---- keywords ----------------------------------------------------------------------------------------------------
 // CUDA's headers define most of them as attributes that a host compiler ignores.
@@ -137,6 +138,7 @@ struct Launch {
   void (*run)(const void*);  // runs the kernel for the current thread
   const void* arguments;     // what `run` is given: readable by the kernel
   std::size_t arguments_bytes;
+  std::vector<std::pair<const void*, std::size_t>> parameters;  // (address, bytes) of each argument in there
 };
 cudaError_t take_launch_error();    // what emu_fail_launch asked for, once
 void launch(const Launch& launch);  // throws Report, an error with all that was found
@@ -156,7 +158,12 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
             const Call& call = *static_cast<const Call*>(c);
             std::apply(call.kernel, call.values);
           },
-          &call, sizeof call});
+          &call, sizeof call,
+          std::apply(
+              [](const auto&... values) {
+                return std::vector<std::pair<const void*, std::size_t>>{{&values, sizeof values}...};
+              },
+              call.values)});
   return cudaSuccess;
 }
 

@@ -20,6 +20,30 @@ void register_common(py::module_& m) {
   m.def("emu_forget_fresh", &emu::forget_fresh);
   m.def("emu_launches", &emu::launches);
   m.def("emu_seconds", &emu::seconds);
+  m.def(
+      "emu_run_instead",
+      [](py::object run) {
+        if (run.is_none()) {
+          emu::runs_instead = nullptr;
+          return;
+        }
+        // never destroyed: the module may outlive the interpreter
+        const auto* function = new py::object(std::move(run));
+        emu::runs_instead = [function](const emu::Launch& launch) {
+          py::gil_scoped_acquire gil;
+          py::list arguments, buffers;
+          for (const auto& [address, bytes] : launch.parameters)
+            arguments.append(py::bytes(static_cast<const char*>(address), bytes));
+          for (const emu::Buffer& b : emu::launch_buffers())
+            buffers.append(py::make_tuple(b.begin, b.end, b.read_only, b.name));
+          const auto sizes = [](const dim3& d) { return py::make_tuple(d.x, d.y, d.z); };
+          (*function)(emu::kernel_name(launch.entry), sizes(launch.grid), sizes(launch.block), launch.dynamic_smem,
+                      arguments, buffers);
+        };
+      },
+      py::arg("run"),
+      "Hands every launch to run(kernel, grid, block, dynamic_smem, arguments as bytes, buffers (begin, end, read_only, "
+      "name)); None: back to the executor.");
   m.def("emu_raise_reports", [] {
     if (const std::string found = emu::take_reports(); !found.empty()) throw emu::Report(found);
   });

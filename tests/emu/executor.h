@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -50,6 +51,9 @@ std::vector<std::string> source_lines(Code code);              // "csrc/x/x.cu:1
 std::string describe(Code code);
 std::string kernel_name(const void* entry);
 std::string short_path(const std::string& path);
+
+// Takes a launch in the executor's place, where it is set: the PTX interpreter (tests/emu/ptx).
+extern std::function<void(const Launch&)> runs_instead;
 
 std::vector<std::pair<std::string, std::uint64_t>> launches();  // how often each kernel was launched
 double seconds();                                               // spent in them
@@ -167,6 +171,7 @@ enum class Kind { plain, atomic, copy };  // copy: a cp.async still under way
 constexpr std::size_t kArenaBytes = 4 << 20;  // of shared memory: every variable of every kernel has its own place
 
 void begin_launch_memory();
+const std::vector<Buffer>& launch_buffers();  // of the launch that runs, by address
 void begin_block_memory();
 void check_access(const void* address, std::size_t bytes, bool write, Kind kind, Code code, Fiber& by);
 std::size_t shared_limit(int capability);

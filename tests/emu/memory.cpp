@@ -224,6 +224,8 @@ void begin_launch_memory() {
   }
 }
 
+const std::vector<Buffer>& launch_buffers() { return buffers; }
+
 void begin_block_memory() {
   static_bytes = 0;
   std::memset(arena, 0xff, block.launch.dynamic_smem);

@@ -11,6 +11,8 @@ EMU_HIDDEN dim3 emu_grid_dim asm("emu_gridDim");
 
 namespace emu {
 
+std::function<void(const Launch&)> runs_instead;
+
 Config config;
 Block block;
 bool checks_off = false;
@@ -242,6 +244,10 @@ void launch(const Launch& l) {
   begin_launch_memory();
   if (std::string found = take_reports(); !found.empty()) throw Report(found);
 
+  if (runs_instead) {
+    runs_instead(l);
+    return;
+  }
   ++launched[l.entry];
   fibers.resize(kMaxThreads);
   block.threads = int(l.block.x * l.block.y * l.block.z);

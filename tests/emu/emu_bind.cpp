@@ -42,7 +42,8 @@ void register_common(py::module_& m) {
         };
       },
       py::arg("run"),
-      "Hands every launch to run(kernel, grid, block, dynamic_smem, arguments as bytes, buffers (begin, end, read_only, "
+      "Hands every launch to run(kernel, grid, block, dynamic_smem, arguments as bytes, buffers (begin, end, "
+      "read_only, "
       "name)); None: back to the executor.");
   m.def("emu_raise_reports", [] {
     if (const std::string found = emu::take_reports(); !found.empty()) throw emu::Report(found);

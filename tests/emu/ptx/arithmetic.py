@@ -196,7 +196,11 @@ def _select(batch, i):
     kind = i.name[-1]
     if len(i.name) != 2 or kind not in INTEGER | FLOAT | BITWISE - {"pred"}:
         raise Unknown(i)
-    sources = [batch.reader(i.operands[1], kind), batch.reader(i.operands[2], kind), batch.reader(i.operands[3], "pred")]
+    sources = [
+        batch.reader(i.operands[1], kind),
+        batch.reader(i.operands[2], kind),
+        batch.reader(i.operands[3], "pred"),
+    ]
     return lambda a, b, p: np.where(p, a, b), sources, i.operands[0]
 
 
@@ -206,7 +210,9 @@ def _bit_field_insert(batch, i):
 
     def function(a, b, position, length):
         position, length = position.astype(np.uint64) & np.uint64(255), length.astype(np.uint64) & np.uint64(255)
-        mask = ((np.uint64(1) << np.minimum(length, np.uint64(32))) - np.uint64(1)) << np.minimum(position, np.uint64(32))
+        mask = ((np.uint64(1) << np.minimum(length, np.uint64(32))) - np.uint64(1)) << np.minimum(
+            position, np.uint64(32)
+        )
         shifted = a.astype(np.uint64) << np.minimum(position, np.uint64(32))
         return ((shifted & mask) | (b.astype(np.uint64) & ~mask)).astype(np.uint32)
 
@@ -241,7 +247,9 @@ def _permute(batch, i):
         result = np.zeros((), np.uint32)
         for n in range(4):
             choice = (selector >> np.uint32(4 * n)) & np.uint32(15)
-            byte = (both >> (np.uint64(8) * (choice & np.uint32(7)).astype(np.uint64))).astype(np.uint32) & np.uint32(255)
+            byte = (both >> (np.uint64(8) * (choice & np.uint32(7)).astype(np.uint64))).astype(np.uint32) & np.uint32(
+                255
+            )
             sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
             result = result | (np.where(choice & np.uint32(8), sign, byte) << np.uint32(8 * n))
         return result.astype(np.uint32)

@@ -52,9 +52,17 @@ def shuffle(batch, i):
 
 
 def vote(batch, i):
-    if i.name not in (("vote", "sync", "ballot", "b32"), ("vote", "sync", "any", "pred"), ("vote", "sync", "all", "pred")):
+    if i.name not in (
+        ("vote", "sync", "ballot", "b32"),
+        ("vote", "sync", "any", "pred"),
+        ("vote", "sync", "all", "pred"),
+    ):
         raise Unknown(i)
-    write, predicate, members = batch.writer(i.operands[0]), batch.reader(i.operands[1], "pred"), batch.reader(i.operands[2], "u32")
+    write, predicate, members = (
+        batch.writer(i.operands[0]),
+        batch.reader(i.operands[1], "pred"),
+        batch.reader(i.operands[2], "u32"),
+    )
 
     def act(mask, address):
         go = batch.meet(mask, address, members())

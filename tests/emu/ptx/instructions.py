@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 from emu.ptx import arithmetic, collective
-from emu.ptx.ptx_types import DTYPES, Unknown
 from emu.ptx.memory import SHARED_WINDOW, UNSIGNED
+from emu.ptx.ptx_types import DTYPES, Unknown
 from emu.ptx.text import PtxError, split_operands
 
 ADDRESS = re.compile(r"\[([^\]+]+?)(?:\+(-?\w+))?\]$")
@@ -193,16 +193,31 @@ def _load(batch, i):
 def _load_parameter(batch, i, writers, dtype):
     name, offset = ADDRESS.match(i.operands[1]).groups()
     offset = int(offset or "0", 0)
+    size = dtype.itemsize
     if name in batch.parameters:
-        size = dtype.itemsize
-        for j in range(len(writers)):
-            if offset + (j + 1) * size > len(batch.parameters[name]):
-                raise PtxError(f"{batch.code.name}: {i} reads beyond the parameter")
+        begin, length = batch.parameters[name]
+        if offset < 0 or offset + len(writers) * size > length:
+            raise PtxError(f"{batch.code.name}: {i} reads beyond the parameter")
+        begin += offset
 
         def run(mask):
             for j, write in enumerate(writers):
-                value = batch.parameters[name][offset + j * size : offset + (j + 1) * size].copy().view(dtype)
-                write(value, mask)
+                write(batch.parameter_bytes[begin + j * size : begin + (j + 1) * size].copy().view(dtype), mask)
+
+    elif name.startswith("%"):  # an array in a parameter, at an index
+        addresses = _address(batch, i.operands[1], "u64")
+
+        def run(mask):
+            chosen = slice(None) if mask is None else mask
+            first = np.where(True if mask is None else mask, addresses(), 0)
+            begins = np.array([begin for begin, _ in batch.parameters.values()])
+            ends = begins + np.array([length for _, length in batch.parameters.values()])
+            holder = np.maximum(np.searchsorted(begins, first, "right") - 1, 0)
+            if ((first < 0) | (first + len(writers) * size > ends[holder]))[chosen].any():
+                raise PtxError(f"{batch.code.name}: {i} reads beyond a parameter")
+            for j, write in enumerate(writers):
+                value = batch.parameter_bytes[np.minimum((first + j * size)[:, None] + np.arange(size), ends[-1] - 1)]
+                write(np.ascontiguousarray(value).view(dtype)[:, 0], mask)
     else:
 
         def run(mask):

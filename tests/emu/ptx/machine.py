@@ -33,7 +33,13 @@ class Batch:
         self.warp = np.repeat(np.arange(self.warps), LANES)
         self.all = np.arange(self.size)
         self.memory: Memory = memory(blocks, self.padded, self.who)
-        self.parameters = {name: np.frombuffer(value, np.uint8) for name, value in parameters.items()}
+        self.parameters: dict[str, tuple[int, int]] = {}  # name → (first byte, bytes) in parameter_bytes
+        self.parameter_bytes = np.zeros(0, np.uint8)
+        for name, value in parameters.items():
+            begin = -(-len(self.parameter_bytes) // 16) * 16
+            self.parameters[name] = (begin, len(value))
+            padding = np.zeros(begin - len(self.parameter_bytes), np.uint8)
+            self.parameter_bytes = np.concatenate([self.parameter_bytes, padding, np.frombuffer(value, np.uint8)])
         self.call_parameters: dict[str, np.ndarray] = {}  # of functions: [threads, 8] bytes
         self.registers: dict[str, np.ndarray] = {}
         index = np.tile(np.arange(self.padded), blocks)
@@ -101,13 +107,20 @@ class Batch:
             value = memory.globals.symbols[operand]
         elif operand in memory.shared_symbols:
             value = memory.shared_symbols[operand]
+        elif operand in self.parameters:
+            value = self.parameters[operand][0]
         elif operand[:2] in ("0f", "0F") or operand[:2] in ("0d", "0D"):
             bits = np.array(int(operand[2:], 16), f"u{4 if operand[1] in 'fF' else 8}")
             value = bits.view(f"f{bits.itemsize}")
             return value.astype(dtype) if dtype.kind == "f" else bits.astype(f"u{dtype.itemsize}").view(dtype)
         elif operand[0] == "-" or operand[0].isdigit():
             text = operand.rstrip("U")
-            value = int(text, 8 if text.lstrip("-").startswith("0") and text.lstrip("-").isdigit() and len(text.lstrip("-")) > 1 else 0)
+            value = int(
+                text,
+                8
+                if text.lstrip("-").startswith("0") and text.lstrip("-").isdigit() and len(text.lstrip("-")) > 1
+                else 0,
+            )
             if dtype == bool:
                 return np.array(value != 0)
             if dtype.kind == "f" and "." in operand:

@@ -68,7 +68,9 @@ class Global:
         if not self.buffers:
             return "the kernel was given no buffer"
         nearest = min(self.buffers, key=lambda b: max(b.begin - address, address - b.end, 0))
-        return f"byte {address - nearest.begin} of {nearest.name or 'a buffer'}, which has {nearest.end - nearest.begin}"
+        return (
+            f"byte {address - nearest.begin} of {nearest.name or 'a buffer'}, which has {nearest.end - nearest.begin}"
+        )
 
 
 class Memory:

@@ -70,8 +70,12 @@ def split_operands(text: str) -> list[str]:
     return [*parts, current.strip()] if current.strip() else parts
 
 
-PARAMETER = re.compile(r"\.param(?: \.align \d+)? \.[a-z](\d+)(?: \.ptr(?: \.[a-z]+)*(?: \d+)?)? ([\w$]+)(?:\[(\d+)\])?")
-VARIABLE = re.compile(r"^(?:\.visible )?\.(const|global) \.align (\d+) \.b8 ([\w$]+)\[(\d+)\](?: = \{([^}]*)\})?;", re.M)
+PARAMETER = re.compile(
+    r"\.param(?: \.align \d+)? \.[a-z](\d+)(?: \.ptr(?: \.[a-z]+)*(?: \d+)?)? ([\w$]+)(?:\[(\d+)\])?"
+)
+VARIABLE = re.compile(
+    r"^(?:\.visible )?\.(const|global) \.align (\d+) \.b8 ([\w$]+)\[(\d+)\](?: = \{([^}]*)\})?;", re.M
+)
 SHARED = re.compile(r"\.shared \.align (\d+) \.[a-z](\d+) ([\w$]+)(?:\[(\d*)\])?")
 SCALAR_SHARED = re.compile(r"\.shared \.[a-z](\d+) ([\w$]+)$")
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+(.*)$")

@@ -11,7 +11,7 @@ BIN = $(VENV)/bin
 BUILD_REQUIRES = $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 # the same releases as in .pre-commit-config.yaml
 TOOLS = ruff==0.17.5 clang-format==23.1.5 typos==1.52.0
-CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help build test mutate resources demo bench fmt lint wheel wheel-all check-aarch64 clean

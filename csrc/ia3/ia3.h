@@ -24,7 +24,7 @@ void ia3_scale_backward_cpu(const void* grad_y,  // [M, D], rows grad_stride ele
                             std::int64_t M, std::int64_t D, std::int64_t grad_stride, std::int64_t x_stride,
                             DType dtype);
 
-// ---- CUDA: the same on device memory, with the scale, and what is its gradient, in fp32 or in the dtype of x ----------
+// ---- CUDA: the same on device memory, with the scale, and what is its gradient, in fp32 or in the dtype of x --------
 
 void ia3_scale_cuda(const void* x,      // [M, D], rows x_stride elements apart
                     const void* scale,  // [D]
@@ -35,7 +35,8 @@ void ia3_scale_cuda(const void* x,      // [M, D], rows x_stride elements apart
 // Floats of workspace that the backward needs for these shapes, 0 for none.
 std::int64_t ia3_scale_backward_workspace(std::int64_t M, std::int64_t D, DType dtype);
 
-// The column sum is cut by M, D and the dtype alone and added in one order: the same bits on every GPU and in every run.
+// The column sum is cut by M, D and the dtype alone and added in one order: the same bits on every GPU and in every
+// run.
 void ia3_scale_backward_cuda(const void* grad_y,  // [M, D], rows grad_stride elements apart
                              const void* x,      // [M, D], rows x_stride elements apart; may be null without grad_scale
                              const void* scale,  // [D]

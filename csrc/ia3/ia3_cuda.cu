@@ -5,15 +5,14 @@
 // 55 µs at 4.3 TB/s; 64 bytes in flight for each of 2,048 threads on an SM, 128 KB, where 23 KB cover the latency:
 // predicted 58 µs.
 //
-// Backward. A block owns the columns of 32 bytes of a row, or of 64, 128 ... where that still makes 66 to 132 blocks, for
-// all rows: the whole column sum is its own, so one launch is enough, without counters that somebody would have to zero
-// first. Its 512 threads are `lanes` across and 512 / lanes down; each sums its rows in runs of 32, short chains that
-// keep the error down, and a tree in shared memory adds the threads. Every sector is read whole, and neighbouring blocks
-// read the others of a line at about the same time. One block of 104 registers a thread on an SM, with 4 rows of both
-// operands in flight: 64 KB, so that half of the SMs are enough to cover the latency.
-// Moves grad_y, x and grad_x once: M = 4096, D = 14336, bf16: 352 MB, 82 µs, predicted 90 µs.
-// Below 2 KB a row there are too few columns to fill the GPU: the rows of a long matrix are cut into parts then, and a
-// second, tiny launch adds their sums.
+// Backward. A block owns the columns of 32 bytes of a row, or of 64, 128 ... where that still makes 66 to 132 blocks,
+// for all rows: the whole column sum is its own, so one launch is enough, without counters that somebody would have to
+// zero first. Its 512 threads are `lanes` across and 512 / lanes down; each sums its rows in runs of 32, short chains
+// that keep the error down, and a tree in shared memory adds the threads. Every sector is read whole, and neighbouring
+// blocks read the others of a line at about the same time. One block of 104 registers a thread on an SM, with 4 rows of
+// both operands in flight: 64 KB, so that half of the SMs are enough to cover the latency. Moves grad_y, x and grad_x
+// once: M = 4096, D = 14336, bf16: 352 MB, 82 µs, predicted 90 µs. Below 2 KB a row there are too few columns to fill
+// the GPU: the rows of a long matrix are cut into parts then, and a second, tiny launch adds their sums.
 //
 // Columns that are no whole 16 bytes, or memory that is not so aligned, take the same kernels with single values.
 #include <algorithm>

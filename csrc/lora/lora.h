@@ -1,7 +1,7 @@
 // Launchers of the low-rank path: raw pointers, 64-bit sizes, no torch. The maths is pyfastpeft/reference/lora.py.
 //
-// Three products, each with a side of R (small) and fp32 throughout, are all that LoRA's forward and backward need beside
-// the base's own matmul:
+// Three products, each with a side of R (small) and fp32 throughout, are all that LoRA's forward and backward need
+// beside the base's own matmul:
 //
 //   shrink       S [M, R]  = alpha · drop(X) [M, D] · A [R, D]ᵀ      S = s·x·Aᵀ,  dS = s·dY·B
 //   expand       Y [M, D] += drop'(S [M, R] · C [R, D])              y += S·Bᵀ,   dX += (dS·A) ⊙ mask
@@ -54,14 +54,15 @@ void lora_accumulate_cpu(const float* p,           // [M, R]
 // out[i] = drop(x)[begin + i] for i in [0, count): the mask itself, for tests and for the reference.
 void lora_dropout_cpu(const float* x, std::int64_t begin, std::int64_t count, const LoraDropout& drop, float* out);
 
-// ---- CUDA: the same three products on device memory ------------------------------------------------------------------
+// ---- CUDA: the same three products on device memory -----------------------------------------------------------------
 //
-// The seed of a mask lies in device memory and is read by the kernel: nothing here waits for the stream, and all of it can
-// be captured in a graph. Bits depend on the shapes alone, not on the GPU's size or the run: partial sums are split by
-// M, D and R only and added in one order.
-// With `tensor_cores` (sm_80 and newer) 16-bit dtypes whose rows start at multiples of 16 bytes go to the tensor cores: the
-// fp32 operands (A; S and C; P) are rounded to `dtype` once, as autocast would round them; sums are fp32, and alpha and
-// the dropout's 1/(1-p) are applied to them. Everything else is computed from fp32 products throughout.
+// The seed of a mask lies in device memory and is read by the kernel: nothing here waits for the stream, and all of it
+// can be captured in a graph. Bits depend on the shapes alone, not on the GPU's size or the run: partial sums are split
+// by M, D and R only and added in one order. Up to 32 rows a row of S does not depend on how many others there are
+// either: linear_4bit's batch invariance asks for it. With `tensor_cores` (sm_80 and newer) 16-bit dtypes whose rows
+// start at multiples of 16 bytes go to the tensor cores: the fp32 operands (A; S and C; P) are rounded to `dtype` once,
+// as autocast would round them; sums are fp32, and alpha and the dropout's 1/(1-p) are applied to them. Everything else
+// is computed from fp32 products throughout.
 
 struct LoraDropoutCuda {
   double p;                  // as above

@@ -1,18 +1,18 @@
 // G [R, D] = P [M, R]t · drop(X) [M, D] on the GPU: one pass over X, the mask made in registers on the way.
 //
 // Tensor-core kernel (bf16, fp16). The sum runs over the rows of X, and mma wants two neighbours of that sum in a
-// register, one from each of two rows: a lane loads 16 bytes (columns 8g to 8g + 7) of the rows 4t to 4t + 3 of a step of
-// 16 and interleaves them by byte permutation, so X needs no shared memory: 4 rows x 128 bytes per load, whole lines.
-// Column c of mma tile j is column 8c + j; the sums of a lane are then 16 neighbours of a row of G.
-// A block owns 128 columns, all ranks up to 64 (more: further blocks) and a piece of M, walked by 128 rows; P's part is
-// rounded to 16 bits and transposed into shared memory. Warps are 2 (64 columns each) x 4 (32 rows of a turn each); their
-// sums meet in shared memory at the end, pieces of M in a workspace that lora_sum_parts adds in order.
+// register, one from each of two rows: a lane loads 16 bytes (columns 8g to 8g + 7) of the rows 4t to 4t + 3 of a step
+// of 16 and interleaves them by byte permutation, so X needs no shared memory: 4 rows x 128 bytes per load, whole
+// lines. Column c of mma tile j is column 8c + j; the sums of a lane are then 16 neighbours of a row of G. A block owns
+// 128 columns, all ranks up to 64 (more: further blocks) and a piece of M, walked by 128 rows; P's part is rounded to
+// 16 bits and transposed into shared memory. Warps are 2 (64 columns each) x 4 (32 rows of a turn each); their sums
+// meet in shared memory at the end, pieces of M in a workspace that lora_sum_parts adds in order.
 //
 // Bytes: 2·M·D of X, 4·M·R of P per 128 columns (from L2), twice 4·R·D per piece of M. Flops 2·M·D·R.
 // M = D = 4096, R = 16, bf16: 34 MB from memory (8 µs at 4.3 TB/s), from L2 8 MB of P and 4.7 MB of partial sums:
-// predicted 11 µs with the second launch; D = 14336 (dY): 117 MB, 27 µs, predicted 33 µs. A warp has 4 KB of X in flight.
-// Shared memory 8, 16 or 32 KB and 128, 190 or 240 registers for R to 16, 32, 64: two blocks on an SM, 64 KB in flight,
-// or one with 32 KB.
+// predicted 11 µs with the second launch; D = 14336 (dY): 117 MB, 27 µs, predicted 33 µs. A warp has 4 KB of X in
+// flight. Shared memory 8, 16 or 32 KB and 128, 190 or 240 registers for R to 16, 32, 64: two blocks on an SM, 64 KB in
+// flight, or one with 32 KB.
 //
 // FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows do not start at multiples of 16 bytes): a thread has four
 // columns and 16 ranks, a block 256 columns with four threads side by side along M.

@@ -21,7 +21,8 @@ constexpr std::int64_t kMaxGridY = 65535;
 
 inline std::int64_t lora_ceil_div(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 
-// `total` steps of a sum in `parts` pieces of `steps`, the last one shorter, for a grid that has `blocks` without cutting.
+// `total` steps of a sum in `parts` pieces of `steps`, the last one shorter, for a grid that has `blocks` without
+// cutting.
 struct LoraSplit {
   std::int64_t steps, parts;
 };
@@ -36,7 +37,7 @@ inline LoraSplit lora_split(std::int64_t total, std::int64_t blocks) {
 void lora_sum_parts(const float* partial, std::int64_t parts, std::int64_t rows, std::int64_t columns, float* out,
                     std::int64_t row_stride, std::int64_t column_stride, const char* op, cudaStream_t stream);
 
-// ---- dropout ---------------------------------------------------------------------------------------------------------
+// ---- dropout --------------------------------------------------------------------------------------------------------
 
 struct LoraMask {
   const std::uint64_t* seed;
@@ -69,7 +70,7 @@ __device__ __forceinline__ unsigned lora_kept(const LoraMask& mask, std::uint64_
   return kWhole ? bits : bits >> (first & 3);
 }
 
-// ---- eight neighbours of a row ---------------------------------------------------------------------------------------
+// ---- eight neighbours of a row --------------------------------------------------------------------------------------
 
 // Whether rows start and end at multiples of 16 bytes: the tensor-core kernels ask for it, the others are faster so.
 inline bool lora_vectors(const void* matrix, std::int64_t D, std::size_t itemsize) {

@@ -1,10 +1,10 @@
 // Y [M, D] += drop(S [M, R] · C [R, D]), or Y = bias + drop(S · C), on the GPU: one pass over Y.
 //
-// Tensor-core kernel (bf16, fp16). A warp owns 32 columns of Y and keeps its part of C in registers (up to 64 ranks; more
-// are fetched again for every 32 rows); a block is eight such warps, 256 columns, and walks down Y by 32 rows, with those
-// rows of S rounded to 16 bits in shared memory. The columns of an mma are ours to name: column c of tile j is
-// column 8·(c/2) + 2j + c%2, so that the sums of a lane in four tiles are eight neighbours of a row, one 16-byte store,
-// 64 bytes a row and warp, every sector whole; and eight neighbours are two Philox counters.
+// Tensor-core kernel (bf16, fp16). A warp owns 32 columns of Y and keeps its part of C in registers (up to 64 ranks;
+// more are fetched again for every 32 rows); a block is eight such warps, 256 columns, and walks down Y by 32 rows,
+// with those rows of S rounded to 16 bits in shared memory. The columns of an mma are ours to name: column c of tile j
+// is column 8·(c/2) + 2j + c%2, so that the sums of a lane in four tiles are eight neighbours of a row, one 16-byte
+// store, 64 bytes a row and warp, every sector whole; and eight neighbours are two Philox counters.
 //
 // Bytes: 2·M·D, and again as many read with `add`; 4·M·R of S per 256 columns and 4·R·D of C per block row, from L2.
 // Flops 2·M·D·R. M = 4096, D = 14336, R = 16, bf16: written only, 117 MB, 27 µs at 4.3 TB/s, 15 MB of S from L2:

@@ -13,8 +13,8 @@
 // 0.54 GFLOP (1 µs): predicted 11 µs with the second launch. R = 64 moves 33 MB of A through L2: 16 µs. With dropout
 // 4.2 million Philox calls of about 70 instructions each add up to 10 µs that overlap in part.
 // Shared memory 9, 18 or 36 KB and 104, 122 or 174 registers (107, 144, 181 with dropout) for R to 16, 32, 64: two
-// blocks, 16 warps, on an SM up to R = 16 (32 without dropout), one beyond. A warp has 2 KB of X in flight: 32 or 16 KB an SM,
-// where 23 KB cover the latency (4.3 TB/s x 700 ns / 132).
+// blocks, 16 warps, on an SM up to R = 16 (32 without dropout), one beyond. A warp has 2 KB of X in flight: 32 or 16 KB
+// an SM, where 23 KB cover the latency (4.3 TB/s x 700 ns / 132).
 //
 // FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows do not start at multiples of 16 bytes): 32 rows x 16 ranks a
 // block, a thread one row and two ranks, operands as fp32 in shared memory, read four columns at a time without a bank

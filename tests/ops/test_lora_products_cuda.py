@@ -105,6 +105,14 @@ def test_accumulate(shape, dtype, tensor_cores, device):
         assert torch.equal(transposed.t(), got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_s_do_not_depend_on_their_number_up_to_32(dtype, device):
+    x, a = torch.randn(32, 520).to(device, dtype), torch.randn(5, 520).to(device)
+    whole = _linear_cuda.shrink(x, a)
+    for begin, end in ((0, 1), (7, 24), (31, 32)):
+        assert torch.equal(_linear_cuda.shrink(x[begin:end], a), whole[begin:end])
+
+
 @pytest.mark.parametrize("dtype, M", [(torch.bfloat16, 34_000), (torch.float32, 4_300)])
 def test_expand_of_more_rows_than_blocks(dtype, M, device):
     """Blocks walk down the rows that the grid has no blocks for."""

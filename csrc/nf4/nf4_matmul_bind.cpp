@@ -26,7 +26,8 @@ PackedWeight packed_weight(Address packed, std::int64_t packed_numel, Address ab
   const Nf4Absmax scales =
       checked_absmax(absmax, absmax_numel, nested_absmax, nested_numel, nested_map, map_numel, offset, blocks,
                      message("ceil(", N, "·", K, " / blocksize ", blocksize, ")"), op);
-  return {{pointer<std::uint8_t>(packed, packed_numel, op, "packed"), scales, N, K, blocksize, quant_type(type, op)}};
+  return {
+      {pointer<const std::uint8_t>(packed, packed_numel, op, "packed"), scales, N, K, blocksize, quant_type(type, op)}};
 }
 
 void dequantize_tile(const PackedWeight& w, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols,

@@ -29,6 +29,8 @@ KINDS = {
     "fence_before_write": "RACE, read after write on byte 0 of y",
     "hand_over_without_barrier": "RACE, read after write on byte",
     "fence_by_each_thread": "RACE, read after write on byte 20 of y",
+    "no_syncwarp_before_fence": "RACE, read after write on byte",
+    "no_syncwarp_after_atomic": "RACE, read after write on byte",
     "wait_for_another_block": "LIVELOCK",
     "shared_out_of_bounds": "OUT OF BOUNDS array index",
     "shared_out_of_bounds_by_pointer": "OUT OF BOUNDS write of 4 bytes at byte 128 of __shared__ tile (128 bytes)",

@@ -162,6 +162,35 @@ __global__ void fence_by_each_thread(Io io) {
 }
 PLANTED(fence_by_each_thread, 4, 64, 64, 0, 0);
 
+// The same by one warp: __syncwarp before the fence, and after the atomic. The shuffle between them orders nothing.
+template <bool kBefore, bool kAfter>
+__device__ __forceinline__ void hand_over_by_warp(const Io& io) {
+  io.y[blockIdx.x * 32 + threadIdx.x] = io.x[threadIdx.x];
+  if constexpr (kBefore) __syncwarp();
+  int last = 0;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(io.count, 1u) == gridDim.x - 1;
+  }
+  last = __shfl_sync(0xffffffffu, last, 0);
+  if constexpr (kAfter) __syncwarp();
+  if (!last) return;
+  float sum = 0;
+  for (int b = 0; b < int(gridDim.x); ++b)
+    sum += io.y[b * 32 + (threadIdx.x ^ 1)];  // BUG no_syncwarp_before_fence BUG no_syncwarp_after_atomic
+  if (threadIdx.x == 100) io.y[0] = sum;
+}
+template <bool kBug>
+__global__ void no_syncwarp_before_fence(Io io) {
+  hand_over_by_warp<!kBug, true>(io);
+}
+PLANTED(no_syncwarp_before_fence, 4, 32, 32, 0, 0);
+template <bool kBug>
+__global__ void no_syncwarp_after_atomic(Io io) {
+  hand_over_by_warp<true, !kBug>(io);
+}
+PLANTED(no_syncwarp_after_atomic, 4, 32, 32, 0, 0);
+
 // A block that waits for another: the other may never get a processor.
 template <bool kBug>
 __global__ void wait_for_another_block(Io io) {

@@ -54,6 +54,43 @@ __global__ void shuffle_as_barrier(Io io) {
 }
 PLANTED(shuffle_as_barrier, 1, 32, 32, 0, 0);
 
+// All lanes read, the last one writes: the reads of the others count although its own came after them.
+template <bool kBug>
+__global__ void write_after_lanes_read(Io io) {
+  KSHARED(float, value, [1]);
+  if (threadIdx.x == 0) value[0] = io.x[0];
+  __syncwarp();
+  const float v = value[0];
+  if constexpr (!kBug) __syncwarp();
+  if (threadIdx.x == 31) value[0] = v + 1;  // BUG write_after_lanes_read
+  io.y[threadIdx.x] = v;
+}
+PLANTED(write_after_lanes_read, 1, 32, 32, 0, 0);
+// Both warps read; the second one orders its own lanes only.
+template <bool kBug>
+__global__ void write_after_another_warp_read(Io io) {
+  KSHARED(float, value, [1]);
+  if (threadIdx.x == 0) value[0] = io.x[0];
+  __syncthreads();
+  const float v = value[0];
+  if constexpr (kBug)
+    __syncwarp();
+  else
+    __syncthreads();
+  if (threadIdx.x == 63) value[0] = v + 1;  // BUG write_after_another_warp_read
+  io.y[threadIdx.x] = v;
+}
+PLANTED(write_after_another_warp_read, 1, 64, 64, 0, 0);
+// Both blocks read; the second one writes when all of its own threads have.
+template <bool kBug>
+__global__ void write_after_another_block_read(Io io) {
+  const float v = io.y[kBug ? 200 : 200 + blockIdx.x];
+  __syncthreads();
+  if (blockIdx.x == 1 && threadIdx.x == 63) io.y[kBug ? 200 : 201] = v + 1;  // BUG write_after_another_block_read
+  io.y[blockIdx.x * 64 + threadIdx.x] = v;
+}
+PLANTED(write_after_another_block_read, 2, 64, 64, 0, 0);
+
 template <bool kBug>
 __global__ void barrier_under_if(Io io) {
   KSHARED(float, last, [1]);

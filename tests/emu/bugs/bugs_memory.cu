@@ -25,6 +25,18 @@ __global__ void shared_out_of_bounds_by_pointer(Io io) {
 }
 PLANTED(shared_out_of_bounds_by_pointer, 1, 32, 32, 0, 0);
 
+// The first half of an access lies within the variable, the second behind it.
+template <bool kBug>
+__global__ void shared_access_beyond_end(Io io) {
+  KSHARED(float, tile, [3]);
+  if (threadIdx.x < 3) tile[threadIdx.x] = io.x[threadIdx.x];
+  __syncwarp();
+  const float* p = tile;
+  const auto* pair = reinterpret_cast<const unsigned long long*>(p + (kBug ? 2 : 0));
+  io.y[threadIdx.x] = float(*pair);  // BUG shared_access_beyond_end
+}
+PLANTED(shared_access_beyond_end, 1, 32, 32, 0, 0);
+
 template <bool kBug>
 __global__ void dynamic_shared_too_small(Io io) {
   float* tile = reinterpret_cast<float*>(kdyn_smem());

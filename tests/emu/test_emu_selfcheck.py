@@ -38,7 +38,7 @@ KINDS = {
     "shared_out_of_bounds": "OUT OF BOUNDS array index",
     "shared_out_of_bounds_by_pointer": "OUT OF BOUNDS write of 4 bytes at byte 128 of __shared__ tile (128 bytes)",
     "shared_access_beyond_end": "OUT OF BOUNDS read of 8 bytes at byte 8 of __shared__ tile (12 bytes)",
-    "dynamic_shared_too_small": "OUT OF BOUNDS write of 4 bytes at byte 252 of dynamic shared memory (252 bytes)",
+    "dynamic_shared_too_small": "OUT OF BOUNDS write of 4 bytes at byte 252 of dynamic shared memory (254 bytes)",
     "read_beyond_tail": "OUT OF BOUNDS read of 4 bytes",
     "write_beyond_tail": "OUT OF BOUNDS write of 4 bytes",
     "vector_read_beyond_tail": "OUT OF BOUNDS read of 4 bytes",

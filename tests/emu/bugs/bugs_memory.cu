@@ -44,7 +44,7 @@ __global__ void dynamic_shared_too_small(Io io) {
   __syncthreads();
   io.y[threadIdx.x] = tile[threadIdx.x ^ 1];
 }
-PLANTED(dynamic_shared_too_small, 1, 64, 64, 256, 252);
+PLANTED(dynamic_shared_too_small, 1, 64, 64, 256, 254);
 
 template <bool kBug>
 __global__ void read_beyond_tail(Io io) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from emu.ptx.arithmetic import bf16_to_f32
+from emu.ptx.instructions import address_of
 from emu.ptx.ptx_types import Unknown
 from emu.ptx.text import PtxError, split_operands
 
@@ -97,9 +98,7 @@ def ldmatrix(batch, i):
     transposed = (*plain[:5], "trans", *plain[5:])
     if i.name not in (plain, transposed):
         raise Unknown(i)
-    from emu.ptx.instructions import _address
-
-    addresses = _address(batch, i.operands[1], "u32")
+    addresses = address_of(batch, i.operands[1], "u32")
     writers = [batch.writer(r) for r in split_operands(i.operands[0][1:-1])]
 
     def act(mask, address):
@@ -148,8 +147,8 @@ def mma(batch, i):
             right[:, row, ROW], right[:, row + 1, ROW] = widen(values), widen(values >> np.uint32(16))
         product = left @ right
         chosen = np.repeat(warps, LANES)
-        for n, (write, reader) in enumerate(zip(writers, c, strict=True)):
-            values = product[:, ROW + n // 2 * 8, COLUMN + n % 2] + _fragment(batch, reader)
+        sums = [product[:, ROW + n // 2 * 8, COLUMN + n % 2] + _fragment(batch, reader) for n, reader in enumerate(c)]
+        for write, values in zip(writers, sums, strict=True):  # C may be the same registers as D
             write(values.astype(np.float32).reshape(-1), chosen)
 
     return act

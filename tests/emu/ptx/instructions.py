@@ -1,7 +1,7 @@
 """What each PTX instruction does, in numpy over the threads of a batch. Source: the PTX ISA.
 
-`control` knows those that branch, wait or belong to a whole warp (collective.py), `decode` the others: arithmetic.py and
-those that move data, here. A form of an instruction that is not written down is an error that names it.
+`decode` knows those that calculate (arithmetic.py) and those that move data (here); the others are control.py's. A form
+of an instruction that is not written down is an error that names it.
 """
 
 from __future__ import annotations
@@ -10,106 +10,16 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from emu.ptx import arithmetic, collective
-from emu.ptx.memory import SHARED_WINDOW, UNSIGNED
+from emu.ptx import arithmetic
+from emu.ptx.memory import LOCAL_WINDOW, SHARED_WINDOW, UNSIGNED
 from emu.ptx.ptx_types import DTYPES, Unknown
 from emu.ptx.text import PtxError, split_operands
 
+WINDOWS = {"global": 0, "shared": SHARED_WINDOW, "local": LOCAL_WINDOW}
 ADDRESS = re.compile(r"\[([^\]+]+?)(?:\+(-?\w+))?\]$")
 CACHE_HINTS = {"nc", "cs", "cg", "ca", "lu", "cv", "wb", "wt", "relaxed", "volatile", "weak", "L1::no_allocate"}
 
 
-# ---- control -----------------------------------------------------------------------------------------------------------
-def control(batch, instruction, address: int) -> Callable | None:
-    """A function (mask, address) for an instruction that changes where threads go on; None for any other."""
-    make = CONTROL.get(instruction.name[0])
-    if make is None:
-        return None
-    act = make(batch, instruction)
-    guard = batch.register(instruction.guard) if instruction.guard else None
-
-    def run(mask, address):
-        batch.at[mask] = address + 1
-        if guard is not None:
-            mask = mask & (~guard if instruction.negated else guard)
-        if mask.any():
-            act(mask, address)
-
-    return run
-
-
-def _branch(batch, i):
-    if i.name not in (("bra",), ("bra", "uni")):
-        raise Unknown(i)
-    target = batch.code.labels[i.operands[0]]
-
-    def act(mask, address):
-        batch.at[mask] = target
-
-    return act
-
-
-def _leave(batch, i):
-    if i.name not in (("ret",), ("exit",), ("ret", "uni")):
-        raise Unknown(i)
-    return lambda mask, address: batch.leave(mask)
-
-
-def _call(batch, i):
-    if i.name not in (("call",), ("call", "uni")):
-        raise Unknown(i)
-    results, name, arguments = ([], *i.operands) if len(i.operands) == 2 else i.operands
-    results = split_operands(results.strip("()")) if results else []
-    arguments = split_operands(arguments.strip("()"))
-    if name not in batch.code.functions:
-        raise Unknown(i)
-    entry, inner_results, inner_arguments = batch.code.functions[name]
-
-    def act(mask, address):
-        if batch.in_call[mask].any():
-            raise PtxError(f"{batch.code.name}: {i} inside of a function")
-        for outer, inner in zip(arguments, inner_arguments, strict=True):
-            _parameter(batch, inner)[mask] = _parameter(batch, outer)[mask]
-        # where the caller looks for the result: the same memory, so that nothing is to be done at `ret`
-        for outer, inner in zip(results, inner_results, strict=True):
-            batch.call_parameters[outer] = _parameter(batch, inner)
-        batch.return_to[mask] = address + 1
-        batch.in_call[mask] = True
-        batch.at[mask] = entry
-
-    return act
-
-
-def _bar(batch, i):
-    if i.name == ("bar", "warp", "sync"):
-        return collective.syncwarp(batch, i)
-    plain = i.name in (("bar", "sync"), ("barrier", "sync", "aligned")) and i.operands == ("0",)
-    reducing = i.name[:2] == ("bar", "red") and i.name[2:] in (("and", "pred"), ("or", "pred"), ("popc", "u32"))
-    if not plain and not (reducing and len(i.operands) == 3 and i.operands[1] == "0"):
-        raise Unknown(i)
-    return lambda mask, address: batch.wait(mask, address)
-
-
-def end_of_barrier(batch, i, mask) -> None:
-    """All threads of their blocks have come to barrier `i`."""
-    if i.name[1] != "red":
-        return
-    votes = (batch.reader(i.operands[2], "pred")() & mask).reshape(batch.blocks, -1)
-    voters = mask.reshape(batch.blocks, -1)
-    if i.name[2] == "popc":
-        result = votes.sum(1).astype(np.uint32)
-    else:
-        result = votes.any(1) if i.name[2] == "or" else (votes | ~voters).all(1)
-    batch.writer(i.operands[0])(np.repeat(result, batch.padded), mask)
-
-
-CONTROL: dict[str, Callable] = {
-    "bra": _branch, "ret": _leave, "exit": _leave, "call": _call, "bar": _bar, "barrier": _bar,
-    "shfl": collective.shuffle, "vote": collective.vote, "ldmatrix": collective.ldmatrix, "mma": collective.mma,
-}  # fmt: skip
-
-
-# ---- the rest ----------------------------------------------------------------------------------------------------------
 def decode(batch, instruction) -> Callable:
     """A function (mask) that carries the instruction out; mask None: in every thread."""
     operation = instruction.name[0]
@@ -123,7 +33,7 @@ def decode(batch, instruction) -> Callable:
     return MOVES[operation](batch, instruction)
 
 
-def _address(batch, operand: str, kind: str) -> Callable[[], np.ndarray]:
+def address_of(batch, operand: str, kind: str) -> Callable[[], np.ndarray]:
     """Addresses as signed 64-bit numbers; kind: the type of a register that holds one."""
     base, offset = ADDRESS.match(operand).groups()
     offset = int(offset or "0", 0)
@@ -140,7 +50,7 @@ def _address(batch, operand: str, kind: str) -> Callable[[], np.ndarray]:
     return addresses
 
 
-def _parameter(batch, name: str) -> np.ndarray:
+def call_parameter(batch, name: str) -> np.ndarray:
     """[threads, 8] bytes of a function's parameter."""
     if name not in batch.call_parameters:
         batch.call_parameters[name] = np.zeros((batch.size, 8), np.uint8)
@@ -151,7 +61,7 @@ def _form(i) -> tuple[str, int, str]:
     """(space, values, type) of a load or store."""
     space, count = "generic", 1
     for part in i.name[1:-1]:
-        if part in ("global", "shared", "param", "const"):
+        if part in ("global", "shared", "local", "param", "const"):
             space = "global" if part == "const" else part
         elif part in ("v2", "v4"):
             count = int(part[1])
@@ -174,7 +84,7 @@ def _load(batch, i):
         raise Unknown(i)
     if space == "param":
         return _load_parameter(batch, i, writers, dtype)
-    addresses = _address(batch, i.operands[1], kind)
+    addresses = address_of(batch, i.operands[1], kind)
 
     def run(mask):
         threads = batch.all if mask is None else np.flatnonzero(mask)
@@ -205,7 +115,7 @@ def _load_parameter(batch, i, writers, dtype):
                 write(batch.parameter_bytes[begin + j * size : begin + (j + 1) * size].copy().view(dtype), mask)
 
     elif name.startswith("%"):  # an array in a parameter, at an index
-        addresses = _address(batch, i.operands[1], "u64")
+        addresses = address_of(batch, i.operands[1], "u64")
 
         def run(mask):
             chosen = slice(None) if mask is None else mask
@@ -223,7 +133,7 @@ def _load_parameter(batch, i, writers, dtype):
         def run(mask):
             slot = batch.call_parameters.get(name)
             if slot is None:
-                slot = _parameter(batch, name)
+                slot = call_parameter(batch, name)
             writers[0](np.ascontiguousarray(slot[:, : dtype.itemsize]).view(dtype)[:, 0], mask)
 
         if len(writers) != 1 or offset:
@@ -247,10 +157,10 @@ def _store(batch, i):
         def run_parameter(mask):
             value = np.ascontiguousarray(np.broadcast_to(sources[0](), (batch.size,))).view(np.uint8)
             chosen = slice(None) if mask is None else mask
-            _parameter(batch, name)[chosen, :size] = value.reshape(batch.size, size)[chosen]
+            call_parameter(batch, name)[chosen, :size] = value.reshape(batch.size, size)[chosen]
 
         return run_parameter
-    addresses = _address(batch, i.operands[0], kind)
+    addresses = address_of(batch, i.operands[0], kind)
 
     def run(mask):
         threads = batch.all if mask is None else np.flatnonzero(mask)
@@ -277,7 +187,7 @@ def _atomic(batch, i):
     reduction = i.name[0] == "red"  # no result
     operands = i.operands if reduction else i.operands[1:]
     write = (lambda value, mask: None) if reduction else batch.writer(i.operands[0])
-    addresses = _address(batch, operands[0], kind)
+    addresses = address_of(batch, operands[0], kind)
     sources = [batch.reader(operand, kind) for operand in operands[1:]]
     if len(sources) != (2 if operation == "cas" else 1):
         raise Unknown(i)
@@ -345,13 +255,11 @@ def _move(batch, i):
 
 def _cvta(batch, i):
     write, read = batch.writer(i.operands[0]), batch.reader(i.operands[1], i.name[-1])
-    if i.name in (("cvta", "to", "global", "u64"), ("cvta", "global", "u64")):
-        return lambda mask: write(read(), mask)
-    if i.name == ("cvta", "shared", "u64"):
-        return lambda mask: write(read() + np.uint64(SHARED_WINDOW), mask)
-    if i.name == ("cvta", "to", "shared", "u64"):
-        return lambda mask: write(read() - np.uint64(SHARED_WINDOW), mask)
-    raise Unknown(i)
+    space, to = i.name[-2], len(i.name) == 4
+    if i.name != ("cvta", *(("to",) if to else ()), space, "u64") or space not in WINDOWS:
+        raise Unknown(i)
+    window = np.uint64(WINDOWS[space])
+    return lambda mask: write(read() - window if to else read() + window, mask)
 
 
 def _fence(batch, i):
@@ -396,7 +304,7 @@ def _copy_async(batch, i):
         return wait
     if i.name != ("cp", "async", "cg", "shared", "global") or i.operands[2] != "16" or len(i.operands) not in (3, 4):
         raise Unknown(i)
-    to, source = _address(batch, i.operands[0], "u32"), _address(batch, i.operands[1], "u64")
+    to, source = address_of(batch, i.operands[0], "u32"), address_of(batch, i.operands[1], "u64")
     count = batch.reader(i.operands[3] if len(i.operands) == 4 else "16", "u32")
 
     def start(mask):

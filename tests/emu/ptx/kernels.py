@@ -77,22 +77,24 @@ def module_of(source: Path, architecture: str, include: Path | None = None) -> t
 
 @functools.cache
 def _file_of(kernel: str) -> Path:
-    """The .cu file that holds the kernel template of that name."""
+    """The .cu file of csrc/ that holds the kernel template of that name."""
     for path in build.kernel_sources():
-        texts = [path, *path.parent.glob("*.cuh")]
-        if any(re.search(rf"\b{kernel}\b\s*\(", t.read_text(encoding="utf-8")) for t in texts[:1]):
+        if re.search(rf"\b{kernel}\s*\(", path.read_text(encoding="utf-8")):
             return path
     raise PtxError(f"no .cu file of csrc/ defines {kernel}")
 
 
 @contextlib.contextmanager
-def interpreted(module, architecture: str = "90a", include: Path | None = None) -> Iterator[list]:
+def interpreted(
+    module, architecture: str = "90a", include: Path | None = None, source: Path | None = None
+) -> Iterator[list[tuple[str, int, float]]]:
     """Within it every launch of the emulated `module` is run by the PTX interpreter, from the text nvcc makes for
-    sm_`architecture`. Gives a list that fills with (kernel, instructions, seconds)."""
+    sm_`architecture` of the kernel's file in csrc/, or of `source`. Gives a list that fills with (kernel, instructions,
+    seconds)."""
     ran: list[tuple[str, int, float]] = []
 
     def run(name, grid, block, dynamic_smem, arguments, buffers):
-        ptx, names = module_of(_file_of(re.split("[<(]", name)[0]), architecture, include)
+        ptx, names = module_of(source or _file_of(re.split("[<(]", name)[0]), architecture, include)
         begin = time.perf_counter()
         count = machine.launch(ptx, names[name], grid, block, dynamic_smem, arguments, buffers)
         for first, end, read_only, _ in buffers:

@@ -2,7 +2,7 @@
 
 The threads at the lowest address go first, so that those that parted meet again; those that reach an instruction of the
 whole warp wait there for the others it names. Blocks run together as far as memory allows, so nothing may depend on
-their order. Not here: local memory, textures, and races, which are the host executor's to find.
+their order. Not here: textures, and races, which are the host executor's to find.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from emu.ptx import instructions
+from emu.ptx import control, instructions
 from emu.ptx.memory import Buffer, Global, Memory
 from emu.ptx.ptx_types import DTYPES
 from emu.ptx.text import Code, Module, PtxError
@@ -97,7 +97,7 @@ class Batch:
     def register(self, name: str) -> np.ndarray:
         if name not in self.registers:
             dtype = DTYPES[self.code.type_of(name)]
-            self.registers[name] = np.zeros(self.size, dtype if dtype == bool else f"u{dtype.itemsize}")
+            self.registers[name] = np.zeros(self.size, dtype if dtype.kind == "b" else f"u{dtype.itemsize}")
         return self.registers[name]
 
     def constant(self, operand: str, dtype: np.dtype) -> np.ndarray | None:
@@ -107,6 +107,8 @@ class Batch:
             value = memory.globals.symbols[operand]
         elif operand in memory.shared_symbols:
             value = memory.shared_symbols[operand]
+        elif operand in memory.local_symbols:
+            value = memory.local_symbols[operand]
         elif operand in self.parameters:
             value = self.parameters[operand][0]
         elif operand[:2] in ("0f", "0F") or operand[:2] in ("0d", "0D"):
@@ -114,17 +116,9 @@ class Batch:
             value = bits.view(f"f{bits.itemsize}")
             return value.astype(dtype) if dtype.kind == "f" else bits.astype(f"u{dtype.itemsize}").view(dtype)
         elif operand[0] == "-" or operand[0].isdigit():
-            text = operand.rstrip("U")
-            value = int(
-                text,
-                8
-                if text.lstrip("-").startswith("0") and text.lstrip("-").isdigit() and len(text.lstrip("-")) > 1
-                else 0,
-            )
-            if dtype == bool:
+            value = int(operand.rstrip("U"), 0)
+            if dtype.kind == "b":
                 return np.array(value != 0)
-            if dtype.kind == "f" and "." in operand:
-                return np.array(float(operand), dtype)
         else:
             return None
         width = dtype.itemsize
@@ -139,7 +133,7 @@ class Batch:
         value = self.constant(operand, dtype)
         if value is None:
             value = self.special[operand] if operand in self.special else self.register(operand)
-            if value.dtype == bool or dtype == bool:
+            if "b" in (value.dtype.kind, dtype.kind):
                 if value.dtype != dtype:
                     raise PtxError(f"{operand} is used as {kind}")
             elif value.itemsize > dtype.itemsize:
@@ -230,7 +224,7 @@ class Batch:
                 )
         open_ = np.repeat(complete, self.padded) & self.barrier
         for address in np.unique(self.resume[open_]):
-            instructions.end_of_barrier(self, self.code.instructions[address], open_ & (self.resume == address))
+            control.end_of_barrier(self, self.code.instructions[address], open_ & (self.resume == address))
         self.at[open_] = self.resume[open_] + 1
         self.barrier[open_] = False
         return True
@@ -265,9 +259,9 @@ class Batch:
             if address >= len(self.code.instructions):
                 return steps, address, None
             instruction = self.code.instructions[address]
-            control = instructions.control(self, instruction, address)
-            if control is not None:
-                return steps, address, control
+            changes = control.control(self, instruction)
+            if changes is not None:
+                return steps, address, changes
             steps.append(guarded(self, instruction, instructions.decode(self, instruction)))
             address += 1
             if address in labels:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from emu.ptx.text import REDZONE, Code, Instruction, Module, PtxError
 
-SHARED_WINDOW = 1 << 60  # where shared memory lies among generic addresses
+# where shared memory and that of each thread lie among generic addresses
+SHARED_WINDOW, LOCAL_WINDOW, WINDOW_BYTES = 1 << 60, 1 << 61, 1 << 32
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -90,10 +91,16 @@ class Memory:
         self.shared = np.empty(blocks * self.stride, np.uint8)
         self.shared_ranges = Ranges(sorted((begin, begin + size) for begin, size in variables))
         self.base = np.repeat(np.arange(blocks, dtype=np.int64) * self.stride, threads)  # of each thread's block
+        self.local_symbols = {name: offset for name, (offset, _) in code.local.items()}
+        self.local_stride = -(-code.local_bytes // 128) * 128
+        self.local = np.empty(blocks * threads * self.local_stride, np.uint8)
+        self.local_base = np.arange(blocks * threads, dtype=np.int64) * self.local_stride
+        self.local_ranges = Ranges(sorted((begin, begin + size) for begin, size in code.local.values()))
         self.reset()
 
     def reset(self) -> None:
         self.shared[:] = 0xFF
+        self.local[:] = 0xFF
 
     def _fail(self, what: str, bad: np.ndarray, threads: np.ndarray, instruction: Instruction, place: str) -> None:
         raise PtxError(f"{what} at {instruction} by {self.who(int(threads[bad][0]))}: {place}")
@@ -106,27 +113,37 @@ class Memory:
         bad = np.broadcast_to(np.asarray(found) < 0, addresses.shape)
         if bad.any():
             first = int(addresses[bad][0])
-            place = self.globals.where(first) if space == "global" else f"byte {first} of shared memory"
+            place = self.globals.where(first) if space == "global" else f"byte {first} of {space} memory"
             self._fail(f"out-of-bounds access of {size} bytes in {space} memory", bad, threads, instruction, place)
         return found
+
+    def _parts(self, addresses: np.ndarray) -> list[tuple[np.ndarray, str, int]]:
+        """Generic addresses by the memory they lie in: (which, space, its first address)."""
+        shared = (addresses >= SHARED_WINDOW) & (addresses < SHARED_WINDOW + WINDOW_BYTES)
+        local = (addresses >= LOCAL_WINDOW) & (addresses < LOCAL_WINDOW + WINDOW_BYTES)
+        parts = [(shared, "shared", SHARED_WINDOW), (local, "local", LOCAL_WINDOW), (~shared & ~local, "global", 0)]
+        return [part for part in parts if part[0].any()]
+
+    def _own(self, space: str, addresses: np.ndarray, item: int, count: int, threads, instruction):
+        """(shared or local memory as rows of an access, the row of each thread)"""
+        ranges, memory, base = {
+            "shared": (self.shared_ranges, self.shared, self.base),
+            "local": (self.local_ranges, self.local, self.local_base),
+        }[space]
+        self._check(ranges, space, addresses, item * count, threads, instruction)
+        return memory.view(UNSIGNED[item]).reshape(-1, count), (base[threads] + addresses) // (item * count)
 
     def read(self, space: str, addresses: np.ndarray, item: int, count: int, threads, instruction) -> np.ndarray:
         """[threads, count] values of `item` bytes."""
         size = item * count
         if space == "generic":
-            inside = addresses >= SHARED_WINDOW
-            if not inside.any():
-                space = "global"
-            else:
-                result = np.empty((len(addresses), count), UNSIGNED[item])
-                for part, kind, base in ((inside, "shared", SHARED_WINDOW), (~inside, "global", 0)):
-                    if part.any():
-                        result[part] = self.read(kind, addresses[part] - base, item, count, threads[part], instruction)
-                return result
-        if space == "shared":
-            self._check(self.shared_ranges, space, addresses, size, threads, instruction)
-            rows = (self.base[threads] + addresses) // size
-            return self.shared.view(UNSIGNED[item]).reshape(-1, count)[rows]
+            result = np.empty((len(addresses), count), UNSIGNED[item])
+            for part, kind, base in self._parts(addresses):
+                result[part] = self.read(kind, addresses[part] - base, item, count, threads[part], instruction)
+            return result
+        if space != "global":
+            rows, which = self._own(space, addresses, item, count, threads, instruction)
+            return rows[which]
         found = self._check(self.globals.ranges, space, addresses, size, threads, instruction)
         if isinstance(found, int):
             rows, begin = self.globals.rows(found, item, count)
@@ -142,15 +159,12 @@ class Memory:
         item, count = values.itemsize, values.shape[1]
         size = item * count
         if space == "generic":
-            inside = addresses >= SHARED_WINDOW
-            for part, kind, base in ((inside, "shared", SHARED_WINDOW), (~inside, "global", 0)):
-                if part.any():
-                    self.write(kind, addresses[part] - base, values[part], threads[part], instruction)
+            for part, kind, base in self._parts(addresses):
+                self.write(kind, addresses[part] - base, values[part], threads[part], instruction)
             return
-        if space == "shared":
-            self._check(self.shared_ranges, space, addresses, size, threads, instruction)
-            rows = (self.base[threads] + addresses) // size
-            self.shared.view(UNSIGNED[item]).reshape(-1, count)[rows] = values
+        if space != "global":
+            rows, which = self._own(space, addresses, item, count, threads, instruction)
+            rows[which] = values
             return
         found = np.broadcast_to(
             self._check(self.globals.ranges, space, addresses, size, threads, instruction), addresses.shape

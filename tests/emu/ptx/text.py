@@ -46,6 +46,8 @@ class Code:
     registers: dict[str, str] = field(default_factory=dict)  # "%r" of "%r<12>", or a whole name → type
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # name → (offset, bytes)
     shared_bytes: int = 0
+    local: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each thread
+    local_bytes: int = 0
     dynamic: list[str] = field(default_factory=list)  # names of the launch's dynamic shared memory
     functions: dict[str, tuple[int, list[str], list[str]]] = field(default_factory=dict)  # (entry, results, parameters)
     entry: int = 0
@@ -78,6 +80,7 @@ VARIABLE = re.compile(
 )
 SHARED = re.compile(r"\.shared \.align (\d+) \.[a-z](\d+) ([\w$]+)(?:\[(\d*)\])?")
 SCALAR_SHARED = re.compile(r"\.shared \.[a-z](\d+) ([\w$]+)$")
+LOCAL = re.compile(r"\.local \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]$")
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+(.*)$")
 LABEL = re.compile(r"([\w$]+):(?!:)")
 STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
@@ -209,6 +212,10 @@ def _read_body(code: Code, body: str, prefix: str) -> None:
                     declare(re.sub(r"<\d+>", "", name.strip()), kind)
             elif statement.startswith(".shared"):
                 _declare_shared(code, statement)
+            elif found := LOCAL.match(statement):
+                offset = -(-code.local_bytes // int(found[1])) * int(found[1])
+                code.local[found[2]] = (offset, int(found[3]))
+                code.local_bytes = offset + int(found[3]) + REDZONE
             elif statement.startswith(".param"):
                 declare(PARAMETER.match(statement)[2], None)
             elif statement.startswith(".pragma"):

@@ -3,18 +3,19 @@
 //   d = absmax - offset;   nested_absmax = max |d| per 256;
 //   code = how many midpoints of the map lie strictly below d · (1 / max(nested_absmax, floor))
 //
-// A warp owns a nested block of 256, a lane eight of its values, 32 apart: absmax is read once. The map and its midpoints
-// arrive in the launch's parameters, so that no copy from the host stands in the way of a CUDA graph; the first thread
-// block writes the map out. A search takes eight dependent reads of shared memory, a lane's eight values hand in hand.
+// A warp owns a nested block of 256, a lane eight of its values, 32 apart: absmax is read once. The map and its
+// midpoints arrive in the launch's parameters, so that no copy from the host stands in the way of a CUDA graph; the
+// first thread block writes the map out. A search takes eight dependent reads of shared memory, a lane's eight values
+// hand in hand.
 //
-// The offset is read from the GPU's memory: torch.mean has just put it there. Its order of summation on a GPU is not that
-// on a CPU, so the offset of the same weight may differ between them by some ulp, and a few codes with it. Given the
-// offset, every bit is the CPU's.
+// The offset is read from the GPU's memory: torch.mean has just put it there. Its order of summation on a GPU is not
+// that on a CPU, so the offset of the same weight may differ between them by some ulp, and a few codes with it. Given
+// the offset, every bit is the CPU's.
 //
 // Moves 4 bytes in and 1 out per quantisation block: 4096 x 14336 at 64 has 917,504 of them, 4.6 MB, 1.1 us at the 4.3
-// TB/s an H200 copies. Predicted 3.5 us: 448 thread blocks are one wave, so launch, parameters to shared memory (32 lanes
-// read 32 words of the constant bank one by one: 0.3 us), a trip to memory, the search (conflicts of 32 lanes in any of
-// 255 words: 3 to 4 cycles a read, 64 reads a lane) and the way out follow each other.
+// TB/s an H200 copies. Predicted 3.5 us: 448 thread blocks are one wave, so launch, parameters to shared memory (32
+// lanes read 32 words of the constant bank one by one: 0.3 us), a trip to memory, the search (conflicts of 32 lanes in
+// any of 255 words: 3 to 4 cycles a read, 64 reads a lane) and the way out follow each other.
 #include <cmath>
 #include <limits>
 

@@ -2,8 +2,8 @@
 // same arithmetic, and so the same bits, as nf4_dequantize_cpu.cpp.
 //
 // The 16 levels lie one per lane (twice in a warp) and are fetched by a shuffle: a shift, a shuffle and a product per
-// value, no bank conflicts, no shared memory. What else there is, per value and SM (128 instructions a cycle, of them 64
-// integer ones; 32 lanes of shuffle or shared memory):
+// value, no bank conflicts, no shared memory. What else there is, per value and SM (128 instructions a cycle, of them
+// 64 integer ones; 32 lanes of shuffle or shared memory):
 //   16 fp32 levels in shared memory   as many lanes, never a conflict (16 words in 16 banks), but a mask and a barrier
 //   256 pairs in shared memory        half the look-ups of twice the width, 3-way conflicts on random bytes
 //   byte permutes of the table        no look-up at all, but 5 or more integer instructions
@@ -16,7 +16,8 @@ namespace pyfastpeft {
 
 constexpr int kWordValues = 8;  // values in 32 packed bits
 
-// In device memory, not in constant memory: 32 lanes read 16 different entries, which constant memory serves one by one.
+// In device memory, not in constant memory: 32 lanes read 16 different entries, which constant memory serves one by
+// one.
 static __device__ float quant_levels[2][16] = {{PYFASTPEFT_NF4_TABLE}, {PYFASTPEFT_FP4_TABLE}};
 
 // This lane's level: the table's entry lane % 16. Every lane of the warp keeps one for decode_values.

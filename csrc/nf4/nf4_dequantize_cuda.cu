@@ -3,20 +3,20 @@
 //   out[i] = level(code(i)) · absmax(i / blocksize) in fp32, rounded once
 //
 // A thread block takes a tile of 8192 values, a thread 16 bytes of output at a time: 8 values of 16 bits from a packed
-// word of 4 bytes (fp32: 4 values from 2 bytes). So every store of a warp is 512 bytes in a row and every load 128 (64):
-// whole sectors both ways. A packed load of 16 bytes would leave each thread with 64 neighbouring bytes to write, and
-// a warp's store would touch 32 half sectors; passing words between lanes costs more shuffles than it saves loads. All
-// the thread's words and scales are asked for before the first is decoded: 4 (fp32: 8) of each are in flight.
+// word of 4 bytes (fp32: 4 values from 2 bytes). So every store of a warp is 512 bytes in a row and every load 128
+// (64): whole sectors both ways. A packed load of 16 bytes would leave each thread with 64 neighbouring bytes to write,
+// and a warp's store would touch 32 half sectors; passing words between lanes costs more shuffles than it saves loads.
+// All the thread's words and scales are asked for before the first is decoded: 4 (fp32: 8) of each are in flight.
 //
 // Nested: a tile lies in one nested block, so a thread reads the code of each unit's block, looks it up in the map
 // (1 KiB, in L1) and keeps nested_absmax and offset in registers: no shared memory, no barrier, no second launch.
 //
 // Moves n/2 + 4n/blocksize bytes in (n/2 + n/blocksize nested) and n·sizeof(T) out: bound by memory. 4096 x 14336 to
-// bf16: 147 MB, 34 us at the 4.3 TB/s an H200 copies; predicted 36 us, nested 37. SASS of sm_90a, bf16: 5.8 instructions
-// per value plain, 6.4 nested, of which one shuffle; the memory delivers 7.5 values per SM and cycle (132 SMs at
-// 1.75 GHz), so issue stands at 38 % of 128 a cycle and the shuffles at 23 % of 32. 32 registers, no shared memory: 8
-// thread blocks, all 64 warps of an SM; what they have in flight is 32 KiB of packed bytes, where 0.9 TB/s and 800 ns
-// ask for 5.5 KiB.
+// bf16: 147 MB, 34 us at the 4.3 TB/s an H200 copies; predicted 36 us, nested 37. SASS of sm_90a, bf16: 5.8
+// instructions per value plain, 6.4 nested, of which one shuffle; the memory delivers 7.5 values per SM and cycle (132
+// SMs at 1.75 GHz), so issue stands at 38 % of 128 a cycle and the shuffles at 23 % of 32. 32 registers, no shared
+// memory: 8 thread blocks, all 64 warps of an SM; what they have in flight is 32 KiB of packed bytes, where 0.9 TB/s
+// and 800 ns ask for 5.5 KiB.
 // Caches: packed is read once (evict first). The output is stored as usual: what follows is a matmul that reads it, and
 // 4096 x 4096 in bf16 (32 MB) is still in the L2 then; a larger matrix displaces itself whatever the hint.
 #include <type_traits>

@@ -3,27 +3,28 @@
 //
 //   absmax[b] = max |w| over block b;   code(i) = encode(w[i] · (1 / max(absmax, floor)))
 //
-// A thread block takes a tile of 4096 values: whole quantisation blocks, whatever their size. A thread holds 64 bytes of
-// neighbouring values, 32 (fp32: 16), in registers from the load to the store, so blocksize / 32 threads share a
+// A thread block takes a tile of 4096 values: whole quantisation blocks, whatever their size. A thread holds 64 bytes
+// of neighbouring values, 32 (fp32: 16), in registers from the load to the store, so blocksize / 32 threads share a
 // quantisation block. Up to 1024 values they are neighbours in a warp, above that the warps' maxima meet in 32 bytes of
 // shared memory. (16 bytes a thread would read whole lines with each load, where now L1 brings a sector's halves
 // together. But the maximum over lanes, the reciprocal and the addresses, which a thread pays once, then weigh four
 // times as much, and instructions are scarce here: in bf16 20.8 a value with 8 a thread, 14.8 with 16, 12.1 with 32.)
 //
 // Encoding (nf4_encode_buckets.h): a fused multiply-add puts x into one of 32 buckets, each with at most one threshold,
-// so code = codes below the bucket + (threshold < x). The 32 thresholds and counts lie one per lane, and a shuffle reads
-// only the low five bits of its source lane: those of the multiply-add's result, which is rounded to an integer at 2^23.
-// threshold < x is the sign of threshold - x, shifted into a word that collects the eight of a packed word. Seven
-// instructions a value, where fifteen comparisons and sums are 30: 225 per SM and cycle at the bandwidth below, of 128.
+// so code = codes below the bucket + (threshold < x). The 32 thresholds and counts lie one per lane, and a shuffle
+// reads only the low five bits of its source lane: those of the multiply-add's result, which is rounded to an integer
+// at 2^23. threshold < x is the sign of threshold - x, shifted into a word that collects the eight of a packed word.
+// Seven instructions a value, where fifteen comparisons and sums are 30: 225 per SM and cycle at the bandwidth below,
+// of 128.
 //
-// The maximum propagates NaN, so absmax tells whether the block holds a value that has no code; only then are the values
-// searched, and the position of the first lands in *bad.
+// The maximum propagates NaN, so absmax tells whether the block holds a value that has no code; only then are the
+// values searched, and the position of the first lands in *bad.
 //
 // Moves n·sizeof(T) in and n/2 + 4n/blocksize out. 4096 x 14336, bf16, blocks of 64: 151 MB, 35 us at the 4.3 TB/s an
-// H200 copies; predicted 40 us. SASS of sm_90a, bf16, NF4: 12.1 instructions per value, of which 2.1 shuffles; the memory
-// delivers 7.3 values per SM and cycle (132 SMs at 1.75 GHz), so issue stands at 69 % of 128 a cycle and the shuffles at
-// 48 % of 32: memory is the bound, with less to spare than elsewhere. 56 registers: 9 thread blocks, 36 of 64 warps of an
-// SM, each thread with 64 bytes in flight, 74 KB an SM where 3.4 TB/s and 800 ns ask for 20.
+// H200 copies; predicted 40 us. SASS of sm_90a, bf16, NF4: 12.1 instructions per value, of which 2.1 shuffles; the
+// memory delivers 7.3 values per SM and cycle (132 SMs at 1.75 GHz), so issue stands at 69 % of 128 a cycle and the
+// shuffles at 48 % of 32: memory is the bound, with less to spare than elsewhere. 56 registers: 9 thread blocks, 36 of
+// 64 warps of an SM, each thread with 64 bytes in flight, 74 KB an SM where 3.4 TB/s and 800 ns ask for 20.
 #include <cstring>
 
 #include "common/check.h"

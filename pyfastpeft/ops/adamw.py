@@ -208,11 +208,18 @@ def _prepare(
         qmap2 = standard[1] if qmap2 is None else qmap2.contiguous()
     else:
         qmap1 = qmap2 = None
-    tables = (
-        len(params), addresses, _addresses(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs),
-        _addresses(absmax1), _addresses(absmax2), _addresses(masters), _addresses(steps), numels, kinds,
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters)
+    return tables_of(lists, kinds), qmap1, qmap2
+
+
+def tables_of(lists: Sequence[Sequence[torch.Tensor]], kinds: bytes | None = None) -> tuple:
+    """The binding's arguments for adamw_'s eight lists, which have been checked."""
+    params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters = lists
+    return (
+        len(params), _addresses(params), _addresses(grads), _addresses(exp_avgs), _addresses(exp_avg_sqs),
+        _addresses(absmax1), _addresses(absmax2), _addresses(masters), _addresses(steps), array("q", map(_numel, params)),
+        _kinds(*lists, state_bits=8 if absmax1 else 32) if kinds is None else kinds,
     )  # fmt: skip
-    return tables, qmap1, qmap2
 
 
 def _mark_written(*lists: Sequence[torch.Tensor]) -> None:
@@ -234,10 +241,21 @@ def _adamw_cpu(
         params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters,
         state_bits, qmap1, qmap2, lr_tensor, grad_scale, found_inf, rounding_seed,
     )  # fmt: skip
-    if prepared is None or (found_inf is not None and found_inf.item() != 0):
+    if prepared is not None:
+        written = (params, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters)
+        _launch_cpu(
+            prepared[0], written, *prepared[1:], lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
+            lr_tensor, grad_scale, found_inf, rounding_seed,
+        )  # fmt: skip
+
+
+def _launch_cpu(
+    tables, written, qmap1, qmap2, lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
+    lr_tensor, grad_scale, found_inf, rounding_seed,
+) -> None:  # fmt: skip
+    if found_inf is not None and found_inf.item() != 0:
         return
-    tables, qmap1, qmap2 = prepared
-    _mark_written(params, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters)
+    _mark_written(*written)
     _C.adamw_cpu(
         *tables, lr if lr_tensor is None else lr_tensor.item(), beta1, beta2, eps, weight_decay, decoupled, maximize,
         _address(qmap1), _address(qmap2), _address(rounding_seed), 1.0 if grad_scale is None else grad_scale.item(),
@@ -253,19 +271,46 @@ def _adamw_cuda(
         params, grads, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters,
         state_bits, qmap1, qmap2, lr_tensor, grad_scale, found_inf, rounding_seed,
     )  # fmt: skip
-    if prepared is None:
-        return
-    tables, qmap1, qmap2 = prepared
-    if lr_tensor is not None and lr_tensor.device != params[0].device:
+    if prepared is not None:
+        written = (params, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters)
+        _launch_cuda(
+            prepared[0], written, *prepared[1:], lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
+            lr_tensor, grad_scale, found_inf, rounding_seed,
+        )  # fmt: skip
+
+
+def _launch_cuda(
+    tables, written, qmap1, qmap2, lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
+    lr_tensor, grad_scale, found_inf, rounding_seed,
+) -> None:  # fmt: skip
+    param = written[0][0]
+    if lr_tensor is not None and lr_tensor.device != param.device:
         lr, lr_tensor = lr_tensor.item(), None  # on the CPU: nothing to wait for
-    target = _cuda.target(params[0], "adamw_")
-    table, content = _device_table(params[0], tables, target)
-    _mark_written(params, exp_avgs, exp_avg_sqs, steps, absmax1, absmax2, masters)
+    target = _cuda.target(param, "adamw_")
+    table, content = _device_table(param, tables, target)
+    _mark_written(*written)
     target.module.adamw_cuda(
         *tables, lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
         _address(qmap1), _address(qmap2), _address(rounding_seed), _address(lr_tensor),
         lr_tensor is not None and lr_tensor.dtype == torch.float64, _address(grad_scale), _address(found_inf),
-        content, table.data_ptr(), table.numel(), _cuda.multiprocessors(params[0]), target.device, target.stream,
+        content, table.data_ptr(), table.numel(), _cuda.multiprocessors(param), target.device, target.stream,
+    )  # fmt: skip
+
+
+def launch(
+    tables: tuple, written: Sequence[Sequence[torch.Tensor]], qmap1: torch.Tensor | None, qmap2: torch.Tensor | None, *,
+    lr: float | torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool, maximize: bool,
+    grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, rounding_seed: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """adamw_ below the dispatcher, for a list that was checked before and comes again (pyfastpeft/optim/adamw_plan.py).
+
+    tables are those of tables_of; written[0] is params.
+    """
+    lr, lr_tensor = (0.0, lr) if isinstance(lr, torch.Tensor) else (lr, None)
+    run = _launch_cuda if written[0][0].is_cuda else _launch_cpu
+    run(
+        tables, written, qmap1, qmap2, lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
+        lr_tensor, grad_scale, found_inf, rounding_seed,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 from pyfastpeft.ops._library import DTYPE_CODES
 from pyfastpeft.ops.adamw import adamw_, standard_maps
+from pyfastpeft.optim.adamw_plan import Plan, make_plan
 from pyfastpeft.optim.adamw_state import state_for
 from pyfastpeft.reference.adamw import BLOCK
 
@@ -90,6 +91,7 @@ class AdamW(torch.optim.Optimizer):
             stochastic_rounding=stochastic_rounding, min_8bit_numel=min_8bit_numel,
         )  # fmt: skip
         _check_options(defaults)
+        self._plans: dict[int, Plan] = {}  # by the group's number
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,6 +112,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._plans = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -126,6 +129,30 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, number: int, group: dict[str, Any]) -> None:
+        plan = self._plans.pop(number, None)
+        if plan is None or not plan.run(group, self.state, lambda device: self._scalars(group, device)):
+            plan = self._step_and_plan(number, group)
+        if plan is not None:
+            self._plans[number] = plan
+
+    def _scalars(self, group: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """The options of a call on `device`, but for the state's."""
+        beta1, beta2 = group["betas"]
+        scale, inf = (
+            None if tensor is None else tensor.to(device, torch.float32)
+            for tensor in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        )
+        seed = None
+        if group["stochastic_rounding"]:
+            seed = torch.empty(1, dtype=torch.int64, device=device).random_()
+        return {
+            "lr": group["lr"], "beta1": float(beta1), "beta2": float(beta2), "eps": group["eps"],
+            "weight_decay": group["weight_decay"], "decoupled": group["decoupled_weight_decay"],
+            "maximize": group["maximize"], "grad_scale": scale, "found_inf": inf, "rounding_seed": seed,
+        }  # fmt: skip
+
+    def _step_and_plan(self, number: int, group: dict[str, Any]) -> Plan | None:
+        """The step from the group's parameters as they are; the plan for the next."""
         calls = defaultdict(lambda: [[] for _ in range(8)])  # the op's lists, by what one call must share
         for i, p in enumerate(group["params"]):
             grad = p.grad
@@ -157,23 +184,17 @@ class AdamW(torch.optim.Optimizer):
                 lists[3].append(state["exp_avg_sq"])
             if "master" in state:
                 lists[7].append(state["master"])
-        beta1, beta2 = group["betas"]
+        made = []
         for (device, *_), lists in calls.items():
-            first = self.state[lists[0][0]]
-            scale, inf = (
-                None if tensor is None else tensor.to(device, torch.float32)
-                for tensor in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-            )
-            seed = None
-            if group["stochastic_rounding"]:
-                seed = torch.empty(1, dtype=torch.int64).random_().to(device)
+            states = [self.state[p] for p in lists[0]]
+            first = states[0]
+            qmaps = first.get("qmap1"), first.get("qmap2")
             adamw_(
-                *lists, lr=group["lr"], beta1=float(beta1), beta2=float(beta2), eps=group["eps"],
-                weight_decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"],
-                maximize=group["maximize"], state_bits=8 if "state1" in first else 32,
-                qmap1=first.get("qmap1"), qmap2=first.get("qmap2"),
-                grad_scale=scale, found_inf=inf, rounding_seed=seed,
+                *lists, state_bits=8 if "state1" in first else 32, qmap1=qmaps[0], qmap2=qmaps[1],
+                **self._scalars(group, device),
             )  # fmt: skip
+            made.append((lists, states, qmaps))
+        return make_plan(group, made)
 
     def _new_state(self, p: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
         if not torch.ops.aten.is_non_overlapping_and_dense(p):

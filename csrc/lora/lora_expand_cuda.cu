@@ -11,7 +11,7 @@
 // predicted 32 µs; with `add` 235 MB, 55 µs, predicted 62 µs. A matmul of cuBLAS with beta = 1 would move what `add`
 // moves, and needs S and C converted first. So the layers call this first and let the base's matmul add to it
 // (beta = 1): its reading of Y hides behind 616 µs of tensor-core work.
-// Shared memory 1, 3 or 5 KB; 118, 147 or 168 registers for R to 16, 32, 64 and more: two blocks on an SM, one
+// Shared memory 1, 3 or 5 KB; 114, 154 or 168 registers for R to 16, 32, 64 and more: two blocks on an SM, one
 // from R = 17.
 //
 // FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows do not start at multiples of 16 bytes): a thread has four
@@ -112,12 +112,12 @@ __global__ void __launch_bounds__(kLoraThreads, kSteps == 1 ? 2 : 1)
     two[0] = row < M && rank < R ? s[row * R + rank] : 0.0f;
     two[1] = row < M && rank + 1 < R ? s[row * R + rank + 1] : 0.0f;
   };
-  const auto fetch_s = [&](std::int64_t from_row, std::int64_t from_rank) {
+  const auto fetch_s = [&](std::int64_t from_row) {  // all ranks: with kAhead they are one tile
     static_assert(kRows * kRanks / 2 == kSteps * kLoraThreads, "kSteps pairs a thread");
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) load_s(threadIdx.x + i * kLoraThreads, from_row, from_rank, ahead[i]);
+    for (int i = 0; i < kSteps; ++i) load_s(threadIdx.x + i * kLoraThreads, from_row, 0, ahead[i]);
   };
-  if (kAhead) fetch_s(std::int64_t(blockIdx.y) * kRows, 0);
+  if (kAhead) fetch_s(std::int64_t(blockIdx.y) * kRows);
 
   for (std::int64_t first_row = std::int64_t(blockIdx.y) * kRows; first_row < M;
        first_row += std::int64_t(gridDim.y) * kRows) {
@@ -133,10 +133,7 @@ __global__ void __launch_bounds__(kLoraThreads, kSteps == 1 ? 2 : 1)
         tile[pair / (kRanks / 2) * (kStride / 2) + pair % (kRanks / 2)] = lora_pack<T>(two[0], two[1]);
       }
       __syncthreads();
-      if (kAhead) {
-        const bool last = first_rank + kRanks >= R;
-        fetch_s(last ? first_row + std::int64_t(gridDim.y) * kRows : first_row, last ? 0 : first_rank + kRanks);
-      }
+      if (kAhead) fetch_s(first_row + std::int64_t(gridDim.y) * kRows);
       if (working) {
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m)

@@ -278,6 +278,18 @@ def test_lists_that_come_again(device):
     others.check(step=4)
 
 
+def test_the_very_same_tensors_again(device):
+    """Gradients filled anew in their old memory: nothing of the list is sent, and the steps go on rising."""
+    lists = Lists(device, [600, 5, 300])
+    grads = _randn(lists.sizes, torch.float32, 0, device)
+    for t in (1, 2, 3):
+        for g, fresh in zip(grads, _randn(lists.sizes, torch.float32, t, device), strict=True):
+            g.copy_(fresh)
+        lists.step(grads)
+        lists.step_reference(grads, t)
+    lists.check(step=3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_captured_call_follows_its_tensors():
     device = "cuda"

@@ -83,6 +83,7 @@ def pytest_make_collect_report(collector):
 def kernels_of_the_sources() -> set[str]:
     """The names of all kernels in csrc/."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(build.ROOT.glob("csrc/*/*.cu*")))
+    text = re.sub(r"//[^\n]*", "", text)
     return set(
         re.findall(
             r"__global__[^;{}]*?\b(\w+)\(\s*(?!\w+\s*\))[^{};]*\{", re.sub(r"__launch_bounds__\([^)]*\)", "", text)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from emu import backend, plugin
+from emu import backend, build, plugin
 from emu.ptx import kernels
 
 import pyfastpeft as pf
@@ -76,7 +76,7 @@ def _matrix(N, K, nested=False):
 @pytest.mark.parametrize(
     "M, N, K, dtype, nested, rank",
     [(1, 9, 96, BF16, True, 0), (2, 5, 64, F32, False, 0), (1, 6, 64, F16, False, 4), (3, 20, 96, BF16, True, 4),
-     (17, 8, 64, F16, False, 0), (66, 8, 32, BF16, False, 4)],
+     (17, 8, 64, F16, False, 0), (66, 8, 32, BF16, False, 4), (2, 4, 2080, BF16, True, 0)],
 )  # fmt: skip
 def test_linear_4bit(module, M, N, K, dtype, nested, rank):
     q, x, bias = _matrix(N, K, nested), torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
@@ -89,7 +89,13 @@ def test_linear_4bit(module, M, N, K, dtype, nested, rank):
     _close(got, exact, 2 * TOLERANCE[dtype])
 
 
-LORA = [((5, 24, 3), F32, (9, 0)), ((33, 40, 17), BF16, (9, 0)), ((20, 16, 8), F16, (9, 0)), ((9, 20, 5), BF16, (7, 5))]
+LORA = [
+    ((5, 24, 3), F32, (9, 0)),
+    ((33, 40, 17), BF16, (9, 0)),
+    ((20, 16, 8), F16, (9, 0)),
+    ((9, 20, 5), BF16, (7, 5)),
+    ((131, 520, 4), BF16, (9, 0)),
+]
 
 
 @pytest.mark.parametrize("shape, dtype, capability", LORA)
@@ -109,9 +115,9 @@ def test_low_rank_products(module, shape, dtype, capability, p):
     _close(got, path, 2 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_ia3(module, dtype):
-    x, scale = torch.randn(5, 24).to(dtype), torch.randn(24)
+@pytest.mark.parametrize("rows, dtype", [(5, F32), (4097, BF16), (4, F16)])
+def test_ia3(module, rows, dtype):
+    x, scale = torch.randn(rows, 24).to(dtype), torch.randn(24)
     want = pf.ops.ia3_scale(x, scale)
     got, _ = _run(module, lambda: pf.ops.ia3_scale(x, scale))
     assert torch.equal(got, want)
@@ -150,3 +156,23 @@ def test_adamw(module, dtype, bits):
     assert names
     for ours, theirs in zip(got, step(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("file", build.kernel_sources(), ids=lambda f: f.stem)
+def test_tensor_core_kernels_use_tensor_cores(file):
+    """Their names say so; and no kernel falls back to local memory for what ought to be registers."""
+    ptx, names = kernels.module_of(file, "90a")
+    for name, mangled in names.items():
+        body = ptx.kernels[mangled][1]
+        is_mma = "_mma_kernel" in name or name.startswith("nf4_matmul_kernel")
+        assert is_mma == ("mma.sync.aligned.m16n8k16" in body), name
+        assert not re.search(r"\b(ld|st)\.local\b", body), name
+
+
+def test_every_kernel_was_run(request):
+    """The tests above, if they all ran, launched every kernel that is in a .cu file."""
+    chosen = {item.originalname for item in request.session.items if item.path == request.path}
+    written = set(re.findall(r"^def (test_\w+)", request.path.read_text(encoding="utf-8"), re.M))
+    if chosen == written:
+        names = [name for file in build.kernel_sources() for name in kernels.module_of(file, "90a")[1]]
+        assert {re.split("[<(]", name)[0] for name in names} - LAUNCHED == set()

@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,31 +34,44 @@ def _version() -> str:
     return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def _digest(command: list[str], dependencies: list[str]) -> str:
+    digest = hashlib.sha256((_version() + " ".join(command)).encode())
+    for path in dependencies:
+        digest.update(path.encode() + (Path(path).read_bytes() if os.path.exists(path) else b""))
+    return digest.hexdigest()
+
+
 def compile_ptx(source: Path, architecture: str, include: Path | None = None) -> str:
-    """The PTX text of `source`; kept under the contents of all that is in csrc/, for it takes seconds.
+    """The PTX text of `source`. Without `include` it is kept in build/ptx, with a record of what it was made from: nvcc takes
+    seconds.
 
     include   a folder whose headers come before those of csrc/
     """
-    flags = ["-std=c++17", f"-arch=sm_{architecture}", "-DPYFASTPEFT_WITH_CUDA", "-ptx"]
     folders = [folder for folder in (include, build.ROOT / "csrc") if folder is not None]
-    headers = sorted(p for folder in folders for kind in ("*.cuh", "*.h") for p in folder.rglob(kind))
-    digest = hashlib.sha256((_version() + " ".join(flags)).encode())
-    for path in (source, *headers):
-        digest.update(path.name.encode() + path.read_bytes())
-    kept = KEPT / f"{source.stem}-{architecture}-{digest.hexdigest()[:16]}.ptx"
-    KEPT.mkdir(parents=True, exist_ok=True)
-    with open(KEPT / f"{source.stem}-{architecture}.lock", "w") as lock:
+    command = [
+        nvcc(), "-std=c++17", f"-arch=sm_{architecture}", "-DPYFASTPEFT_WITH_CUDA", "-ptx", *(f"-I{f}" for f in folders),
+        str(source),
+    ]  # fmt: skip
+    folder = KEPT if include is None else include
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{source.stem}-{architecture}.ptx"
+    record = target.with_suffix(".json")
+    with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            for old in KEPT.glob(f"{source.stem}-{architecture}-*.ptx") if include is None else ():
-                old.unlink()
-            unfinished = kept.with_suffix(".tmp")
-            command = [nvcc(), *flags, *(f"-I{f}" for f in folders), "-o", str(unfinished), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"nvcc does not compile {source}:\n{done.stderr[-5000:]}")
-            unfinished.rename(kept)
-    return kept.read_text(encoding="utf-8")
+        if target.exists() and record.exists():
+            known = json.loads(record.read_text(encoding="utf-8"))
+            if known["digest"] == _digest(command, known["dependencies"]):
+                return target.read_text(encoding="utf-8")
+        record.unlink(missing_ok=True)
+        depfile = target.with_suffix(".d")
+        done = subprocess.run([*command, "-o", str(target), "-MD", "-MF", str(depfile)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc does not compile {source}:\n{done.stderr[-5000:]}")
+        text = depfile.read_text(encoding="utf-8").split(":", 1)[1].replace("\\\n", " ")
+        dependencies = sorted({path for path in text.split() if Path(path).is_relative_to(build.ROOT)} | {str(source)})
+        digest = _digest(command, dependencies)
+        record.write_text(json.dumps({"digest": digest, "dependencies": dependencies}), encoding="utf-8")
+    return target.read_text(encoding="utf-8")
 
 
 def plain_name(demangled: str) -> str:

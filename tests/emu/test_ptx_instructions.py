@@ -221,6 +221,16 @@ def test_votes_and_block_reductions():
     assert [int(v) for v in out[::32]] == [(base + 0xFFFFFFFF) & 0xFFFFFFFF, base + 255, base]
 
 
+def test_a_block_that_is_no_whole_number_of_warps():
+    out = np.zeros(40, np.uint32)
+    body = """
+    ld.param.u64 %rd1, [q0]; mov.u32 %r1, %tid.x; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2;
+    setp.lt.u32 %p1, %r1, 40; bar.red.and.pred %p2, 0, %p1; bar.red.popc.u32 %r2, 0, %p1;
+    selp.u32 %r3, 100, 0, %p2; add.u32 %r4, %r2, %r3; st.global.u32 [%rd3], %r4;"""
+    _launch(_module(body), [out], threads=40)
+    assert set(out.tolist()) == {140}
+
+
 def test_atomics_take_turns():
     count, taken = np.zeros(1, np.uint32), np.zeros(70, np.uint32)
     body = """
@@ -275,7 +285,7 @@ def test_what_a_kernel_must_not_do(body, message):
 
 @pytest.mark.parametrize(
     "instruction",
-    ["add.sat.s32 %r1, %r2, %r3", "ex2.approx.f32 %f1, %f2", "setp.lt.and.s32 %p1, %r1, %r2, %p2", "bar.sync 1",
+    ["add.sat.s32 %r1, %r2, %r3", "ex2.approx.f32 %f1, %f2", "setp.lt.and.s32 %p1, %r1, %r2, %p2", "bar.sync 1", "membar.sys",
      "bar.sync 0, 64", "cvt.rz.f16.f32 %h1, %f1", "ld.global.v8.u32 %r1, [%rd1]", "shfl.sync.idx.b64 %rd1, %rd2, 0, 31, -1",
      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f1,%f2,%f3,%f4}, {%r1,%r2}, {%r3}, {%f1,%f2,%f3,%f4}",
      "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1,%r2}, [%r3]", "cp.async.ca.shared.global [%r1], [%rd1], 8",

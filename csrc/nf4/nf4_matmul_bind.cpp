@@ -79,6 +79,7 @@ void fused(Address packed, std::int64_t packed_numel, Address absmax, std::int64
   const DType x_dtype = dtype_of(dtype, op);
   check(K > 0 && K % kNf4RowMultiple == 0, op, ": the fused kernels take rows of a multiple of ", kNf4RowMultiple,
         " values, got K = ", K);
+  check(nf4_fits_kernels(N, K), op, ": a weight [", N, ", ", K, "], expected sides up to 2^30 and at most 2^37 values");
   check(M >= 0 && (!kMatmul || M <= kNf4MatmulRows), op, ": M is ", M, ", expected 0 to ", kNf4MatmulRows);
   check(packed % 16 == 0 && x % 16 == 0, op, ": packed and x must begin at multiples of 16 bytes");
   check_count(x_numel, M * K, op, "x", "M·K");

@@ -19,9 +19,10 @@
 //            atomics. How K is cut depends on N and K alone, so a row's bits do not depend on M or on the GPU.
 //
 // Bytes: the packed weight once, x once per 128 rows of W from the L2. 14336 x 4096 nested: 30.3 MB, 7.0 us at the
-// 4.3 TB/s an H200 copies. Per packed byte: a permutation, an 8-byte look-up, two products, a conversion: 2.5
-// instructions a value; look-ups at two wavefronts a warp allow 32 values a cycle and SM, x adds 64/M-tile of them:
-// predicted 9 to 10 us for M up to 16, 11 at 32, 17 at 64 (x from shared memory is the limit there; tensor cores: 14).
+// 4.3 TB/s an H200 copies. SASS of sm_90a, 128 values a lane and turn: 532 instructions for 8 rows of x (4.2 a value: 1
+// product, and half each of a permutation, an 8-byte look-up and a conversion), 742 for 64: 31 and 22 values a cycle and SM
+// issue; look-ups at two wavefronts a warp allow 32, x adds 64/M-tile of them: predicted 9 to 11 us for M up to 16, 12 at
+// 32, 17 at 64 (x from shared memory is the limit there; tensor cores: 14), and 2 more where K is cut.
 #include <algorithm>
 
 #include "common/check.h"
@@ -38,6 +39,7 @@ constexpr int kTileN = kRowGroups * kWarpRows;               // rows of W a bloc
 constexpr int kHalfSlab = 128, kSlab = kHalves * kHalfSlab;  // inputs
 constexpr int kSlotValues = 8;                               // of x in 16 bytes
 constexpr int kSlabSlots = kSlab / kSlotValues;              // of one row of x
+static_assert(kSlabSlots == kWarp && kWarps == 8, "a warp stages one row of x of each tile");
 constexpr int kBuffers = 2;
 constexpr int kPitch = kTileN + 4;     // floats between two rows of x in the sums: 8 banks apart by pairs
 constexpr std::int64_t kBlocks = 264;  // wanted: two on each SM of an H200; a constant, see above
@@ -132,28 +134,33 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int half = warp / kRowGroups, g = lane / 4, q = lane % 4;
   const std::uint32_t lane8 = lane * 8;
+  const int K = int(w.K);
   const std::int64_t n0 = std::int64_t(blockIdx.x) * kTileN;
   const std::int64_t row0 = n0 + warp % kRowGroups * kWarpRows;
-  const std::int64_t first = blockIdx.y * slabs * kSlab;
-  const std::int64_t end = min(w.K, first + slabs * kSlab);
+  const int first = int(blockIdx.y * slabs * kSlab);
+  const int end = int(min(w.K, first + slabs * kSlab));
   const float offset = kNested ? *w.absmax.offset : 0.0f;
 
-  const auto stage_x = [&](std::int64_t k0, int buffer) {
-    for (int i = threadIdx.x; i < kSlots; i += kThreads) {
-      const int m = i / kSlabSlots, slot = i % kSlabSlots;
-      const std::int64_t k = k0 + slot * kSlotValues;
-      const bool there = m < M && k < end;
-      kp::cp_async16(staged + buffer * kSlots + x_place<kTiles>(m, slot), there ? x + m * w.K + k : x, there ? 16 : 0);
+  // A warp copies row 8·t + warp of every tile, a lane the slot of its number.
+  const T* my_x = x + std::int64_t(warp) * K + lane * kSlotValues;
+  uint4* my_place = staged + x_place<kTiles>(warp, lane);
+  const auto stage_x = [&](int k0, int buffer) {
+    const bool inside = k0 + lane * kSlotValues < end;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const bool there = inside && t * 8 + warp < M;
+      kp::cp_async16(my_place + buffer * kSlots + t * 4 * kWarp, there ? my_x + (std::int64_t(t) * 8 * K + k0) : x,
+                     there ? 16 : 0);
     }
     kp::cp_async_commit();
   };
-  const auto load_w = [&](std::int64_t k0, Piece(&pieces)[4]) {
-    const std::int64_t k = k0 + half * kHalfSlab + q * 32;
+  int rows[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const std::int64_t n = row0 + r * 8 + g;
-      pieces[r] = n < w.N && k < end ? load_piece<kNested>(w, log2_blocksize, n * w.K + k) : no_piece();
-    }
+  for (int r = 0; r < 4; ++r) rows[r] = int(min(row0 + r * 8 + g, w.N - 1));
+  const auto load_w = [&](int k0, Piece(&pieces)[4]) {
+    const int k = min(k0 + half * kHalfSlab + q * 32, end - 32);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) pieces[r] = load_piece<kNested>(w, log2_blocksize, rows[r], k);
   };
 
   float d[2][kTiles][4] = {};
@@ -163,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
   fill_pair_table(table, w.type);
   if (epilogue.s != nullptr && blockIdx.y == 0) add_low_rank<T>(epilogue, M, w.N, row0, half, d);
   int buffer = 0;
-  for (std::int64_t k0 = first; k0 < end; k0 += kSlab, buffer ^= 1) {
+  for (int k0 = first; k0 < end; k0 += kSlab, buffer ^= 1) {
     kp::cp_async_wait<0>();
     __syncthreads();  // this slab's x is there for all, and all are done with the other buffer
     if (k0 + kSlab < end) {

@@ -42,11 +42,14 @@ struct Piece {
   int code;      // nested only
 };
 
+// Of row n from input k on, both inside W: who is beyond an edge gives the nearest place inside, and either has no x
+// other than zero or throws the sum away. Fewer than 2^32 blocks, rows and columns up to 2^30: nf4_fits_kernels.
 template <bool kNested>
-__device__ __forceinline__ Piece load_piece(const Nf4Matrix& w, int log2_blocksize, std::int64_t first) {
+__device__ __forceinline__ Piece load_piece(const Nf4Matrix& w, int log2_blocksize, int n, int k) {
   Piece piece;
+  const std::uint64_t first = std::uint64_t(n) * std::uint32_t(w.K) + k;
   piece.bytes = __ldg(reinterpret_cast<const uint4*>(w.packed + first / 2));
-  const std::int64_t block = first >> log2_blocksize;
+  const auto block = std::uint32_t(first >> log2_blocksize);
   if constexpr (kNested) {
     piece.code = w.absmax.codes[block];
     piece.coarse = w.absmax.nested_absmax[block / kNestedBlocksize];
@@ -56,13 +59,9 @@ __device__ __forceinline__ Piece load_piece(const Nf4Matrix& w, int log2_blocksi
   }
   return piece;
 }
-// A piece past the end: its scale makes whatever is decoded from it zero.
-__device__ __forceinline__ Piece no_piece() { return {make_uint4(0, 0, 0, 0), 0.0f, -1}; }
-
 template <bool kNested>
 __device__ __forceinline__ float piece_scale(const Nf4Matrix& w, float offset, const Piece& piece) {
   if constexpr (kNested) {
-    if (piece.code < 0) return 0.0f;
     return nested_scale(__ldg(w.absmax.nested_map + piece.code), piece.coarse, offset);
   } else {
     return piece.coarse;

@@ -27,6 +27,12 @@ constexpr std::int64_t kNf4RowMultiple = 32;  // of K
 constexpr std::int64_t kNf4MatmulRows = 64;   // the most rows of x a launch of the tensor-core kernel takes
 constexpr std::int64_t kNf4ShrinkRanks = 16;  // the most ranks of which the matvec launch makes S
 
+// Whether the kernels' 32-bit row, column and block numbers suffice, the next ones a block looks at included.
+inline bool nf4_fits_kernels(std::int64_t N, std::int64_t K) {
+  return N <= (std::int64_t{1} << 30) && K <= (std::int64_t{1} << 30) &&
+         (K == 0 || N <= (std::int64_t{1} << 37) / K);  // blocks of 32
+}
+
 // fp32 dot products of decoded fp32 weights, never rounded to 16 bits; every row's sum has the same order whatever M.
 void nf4_matvec_cuda(const Nf4Matrix& w,
                      const void* x,  // [M, K] of `dtype`, 16-byte aligned

@@ -1,13 +1,13 @@
 // y = x · Wᵀ by fp32 dot products, W in 4 bits: the matmul of a decoding step, one row of x, bound by reading W.
 //
 // Bytes: N·K/2 packed, one absmax byte (nested) or four per block, little else. 14336 x 4096 nested: 30.3 MB, 7.0 us at
-// the 4.3 TB/s an H200 copies. To keep that pace an SM must take in 7.1 values per cycle and lane-quarter: 37 values a
-// cycle at 1.75 GHz. Instructions per packed byte: one byte permutation that makes the table's address, one
-// 8-byte look-up, two FMAs; with loads, scales and the sums over lanes about 2.5 a value (51 values a cycle issue), and the
-// look-ups, two wavefronts a warp, allow 32 values a cycle: the binding limit, 3.8 to 4.3 TB/s of packed bytes between
-// 1.75 and 1.98 GHz. Predicted for M = 1: 7.5 to 9 us.
+// the 4.3 TB/s an H200 copies. To keep that pace an SM must take in 36 values a cycle at 1.75 GHz, 32 at 1.98. SASS of
+// sm_90a, 128 values a lane and turn: 453 instructions nested, 432 plain, 3.5 a value, of them 1 FMA, half a byte
+// permutation that makes the table's address, half an 8-byte look-up; 128 lanes issue 36 values a cycle. The look-ups, two
+// wavefronts a warp, allow 32: the binding limit, 3.7 to 4.2 TB/s of packed bytes at those clocks. With neither pipe ever
+// full, predicted for M = 1: 8.5 to 10 us.
 //
-//   block   512 threads, 64 KiB of table: one block on an SM (two where shared memory allows); it walks over rows
+//   block   512 threads (fp32 384), 64 KiB of table: one block on an SM (two where shared memory allows); it walks over rows
 //   warp    a chunk of 1024 inputs that stays its own, its x in registers (32 fp32 a lane), four rows of W
 //           at a time; the next four are being loaded while these are summed: 128 bytes in flight a lane
 //   sums    a lane sums 32 products of levels, then scales them once; lanes by shuffles, chunks in order through shared
@@ -17,6 +17,7 @@
 //           itself from A: 4·R·K bytes of it from the L2 for each SM, 17 MB in all for 8 ranks of 4096, about 3 us, where
 //           a launch of its own and that of its partial sums cost 4.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/check.h"
 #include "common/cuda_device.h"
@@ -25,35 +26,62 @@
 namespace pyfastpeft {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+// Threads of a block: as many registers as there are for each, and fp32 inputs take twice as many.
+template <typename T>
+constexpr int kThreads = sizeof(T) == 4 ? 384 : 512;
 constexpr int kPieceValues = 32;              // of a lane: 16 packed bytes
 constexpr int kChunk = kWarp * kPieceValues;  // inputs a warp covers
 constexpr int kRows = 4;                      // rows of W a warp sums at a time
-constexpr int kPartials = kWarps * kRows;     // sums of a block's step
 constexpr int kLowRanks = 16;                 // of B, asked for before a step's products
 static_assert(kNf4ShrinkRanks <= kLowRanks, "S that is made here lies in low_s");
 
-// x[first, first + 32) as fp32; zeros where there is none.
+// A lane's 32 neighbours of x as they are stored: 16-bit ones are widened when they are used, once for all of the rows.
+// In words, not in values: taking 16-bit values out of registers costs two more instructions each.
 template <typename T>
-__device__ __forceinline__ void load_x(const T* __restrict__ x, bool there, float (&values)[kPieceValues]) {
+struct Inputs {
+  static constexpr int kWords = kPieceValues * int(sizeof(T)) / 4;
+  std::uint32_t words[kWords];
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+      return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+    } else {
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)))));
+    }
+  }
+};
+
+// x[0, 32); zeros where there is none.
+template <typename T>
+__device__ __forceinline__ void load_x(const T* __restrict__ x, bool there, Inputs<T>& values) {
 #pragma unroll
-  for (int c = 0; c < kPieceValues; c += Chunk<T>::kValues) {
-    Chunk<T> chunk{};
-    if (there) chunk = *reinterpret_cast<const Chunk<T>*>(x + c);
-#pragma unroll
-    for (int i = 0; i < Chunk<T>::kValues; ++i) values[c + i] = as_f32(chunk.values[i]);
+  for (int c = 0; c < Inputs<T>::kWords; c += 4) {
+    const uint4 four = there ? reinterpret_cast<const uint4*>(x)[c / 4] : make_uint4(0, 0, 0, 0);
+    values.words[c] = four.x, values.words[c + 1] = four.y, values.words[c + 2] = four.z, values.words[c + 3] = four.w;
   }
 }
 
-// even + odd += Σ level(i) · x[i] over a word: values kFirst to kFirst + 7 of the piece.
-template <int kFirst>
-__device__ __forceinline__ void dot_word(const unsigned char* table, std::uint32_t word, std::uint32_t lane8,
-                                         const float (&x)[kPieceValues], float& even, float& odd) {
+// even[r] + odd[r] = Σ level(i) · x[i] over the pieces of kRows rows. Word by word: the x of one are used for all rows.
+template <typename T>
+__device__ __forceinline__ void dot_rows(const unsigned char* table, const Piece (&pieces)[kRows], std::uint32_t lane8,
+                                         const Inputs<T>& x, float (&even)[kRows], float (&odd)[kRows]) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float2 pair = pair_levels(table, word, lane8, j);
-    even = fmaf(pair.x, x[kFirst + 2 * j], even);
-    odd = fmaf(pair.y, x[kFirst + 2 * j + 1], odd);
+  for (int i = 0; i < 4; ++i) {
+    float values[kWordValues];
+#pragma unroll
+    for (int j = 0; j < kWordValues; ++j) values[j] = x[i * kWordValues + j];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const uint4& bytes = pieces[r].bytes;
+      const std::uint32_t word = i == 0 ? bytes.x : i == 1 ? bytes.y : i == 2 ? bytes.z : bytes.w;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = pair_levels(table, word, lane8, j);
+        even[r] = fmaf(pair.x, values[2 * j], even[r]);
+        odd[r] = fmaf(pair.y, values[2 * j + 1], odd[r]);
+      }
+    }
   }
 }
 
@@ -70,7 +98,8 @@ __device__ __forceinline__ float warp_sum_rows(const float (&sums)[kRows], float
   return c;
 }
 
-__device__ __forceinline__ float dot(const float* __restrict__ a, const float (&x)[kPieceValues]) {
+template <typename T>
+__device__ __forceinline__ float dot(const float* __restrict__ a, const Inputs<T>& x) {
   float sums[4] = {};
 #pragma unroll
   for (int c = 0; c < kPieceValues; c += 4) {
@@ -84,57 +113,58 @@ __device__ __forceinline__ float dot(const float* __restrict__ a, const float (&
 }
 
 template <typename T, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads<T>, 1)
     nf4_matvec_kernel(const Nf4Matrix w,           //
                       int log2_blocksize,          //
                       const T* __restrict__ x,     // [M, K]; the block's row is blockIdx.y
                       const Nf4Epilogue epilogue,  //
                       T* __restrict__ y) {         // [M, N]
   unsigned char* table = kdyn_smem();
-  KSHARED(float, partial, [2][kPartials]);
+  constexpr int kWarps = kThreads<T> / kWarp;
+  KSHARED(float, partial, [2][kWarps * kRows]);
   KSHARED(float, shrunk, [kNf4ShrinkRanks][kWarps]);  // S by chunks
   KSHARED(float, low_s, [kLowRanks]);
-  fill_pair_table(table, w.type);
   const float offset = kNested ? *w.absmax.offset : 0.0f;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const std::uint32_t lane8 = lane * 8;
-  const int chunks = int((w.K + kChunk - 1) / kChunk);
+  const int K = int(w.K), chunks = (K + kChunk - 1) / kChunk;
   const int own = min(chunks, kWarps);  // chunks with a warp of their own; where K has more, each takes further ones
   const int stride = own * kChunk;
   const int groups = kWarps / own;  // of kRows rows, side by side in the block
   const int group = warp / own;
   const bool idle = group >= groups;
   const int step_rows = groups * kRows;
-  const std::int64_t steps = (w.N + step_rows - 1) / step_rows;
+  const int N = int(w.N), steps = (N + step_rows - 1) / step_rows;
 
   const int own_first = warp % own * kChunk + lane * kPieceValues;
   x += blockIdx.y * w.K;
-  float values[kPieceValues];
-  const auto load_inputs = [&](std::int64_t first) { load_x<T>(x + first, !idle && first < w.K, values); };
-  const auto load_rows = [&](std::int64_t step, std::int64_t first, Piece(&pieces)[kRows]) {
-    const std::int64_t n0 = step * step_rows + group * kRows;
+  Inputs<T> values;
+  const auto load_inputs = [&](int first) { load_x<T>(x + first, !idle && first < K, values); };
+  const auto load_rows = [&](int step, int first, Piece(&pieces)[kRows]) {
+    const int n0 = step * step_rows + group * kRows;
+    const int k = min(first, K - kPieceValues);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      pieces[r] = !idle && n0 + r < w.N && first < w.K ? load_piece<kNested>(w, log2_blocksize, (n0 + r) * w.K + first)
-                                                       : no_piece();
+    for (int r = 0; r < kRows; ++r) pieces[r] = load_piece<kNested>(w, log2_blocksize, min(n0 + r, N - 1), k);
   };
 
   Piece pieces[kRows], coming[kRows];
-  load_rows(blockIdx.x, own_first, pieces);
   load_inputs(own_first);
   if (epilogue.a != nullptr && !idle) {
     for (int rank = group; rank < epilogue.R; rank += groups) {
       float sum = 0;
-      for (std::int64_t first = own_first; first - lane * kPieceValues < w.K; first += stride) {
+#pragma unroll 1
+      for (int first = own_first; first - lane * kPieceValues < K; first += stride) {
         if (first != own_first) load_inputs(first);
-        if (first < w.K) sum += dot(epilogue.a + rank * w.K + first, values);
+        if (first < K) sum += dot<T>(epilogue.a + rank * w.K + first, values);
       }
       sum = warp_sum(sum);
       if (lane == 0) shrunk[rank][warp % own] = sum;
       if (chunks > own) load_inputs(own_first);
     }
   }
+  load_rows(int(blockIdx.x), own_first, pieces);
+  fill_pair_table(table, w.type);  // while the first rows are on their way
   __syncthreads();
 
   if (threadIdx.x < kLowRanks && threadIdx.x < epilogue.R) {
@@ -150,31 +180,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const bool low_rank = epilogue.b != nullptr && !idle && warp % own == 0;
 
+  const int place = (group * kRows + lane / 8) * own + warp % own;  // of this lane's sum
   int turn = 0;
-  for (std::int64_t step = blockIdx.x; step < steps; step += gridDim.x, turn ^= 1) {
+  for (int step = int(blockIdx.x); step < steps; step += int(gridDim.x), turn ^= 1) {
     float sums[kRows] = {}, low = 0, b[2] = {};
     if (low_rank) {  // lane 8·r + i: ranks i, i + 8, ... of row r
-      const std::int64_t n = step * step_rows + group * kRows + lane / 8;
+      const int n = step * step_rows + group * kRows + lane / 8;
       const float* row = epilogue.b + n * epilogue.b_row_stride;
-      const int ranks = n < w.N ? int(epilogue.R) : 0;
+      const int ranks = n < N ? int(epilogue.R) : 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (lane % 8 + 8 * i < ranks) b[i] = row[(lane % 8 + 8 * i) * epilogue.b_rank_stride];
+#pragma unroll 1
       for (int rank = kLowRanks + lane % 8; rank < ranks; rank += 8)
         low = fmaf(epilogue.s[blockIdx.y * epilogue.R + rank], row[rank * epilogue.b_rank_stride], low);
     }
-    for (std::int64_t first = own_first; first - lane * kPieceValues < w.K; first += stride) {
-      const bool last = first - lane * kPieceValues + stride >= w.K;
-      load_rows(last ? step + gridDim.x : step, last ? own_first : first + stride, coming);
+#pragma unroll 1
+    for (int first = own_first; first - lane * kPieceValues < K; first += stride) {
+      const bool last = first - lane * kPieceValues + stride >= K;
+      load_rows(last ? step + int(gridDim.x) : step, last ? own_first : first + stride, coming);
+      float even[kRows] = {}, odd[kRows] = {};
+      dot_rows<T>(table, pieces, lane8, values, even, odd);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        float even = 0, odd = 0;
-        dot_word<0>(table, pieces[r].bytes.x, lane8, values, even, odd);
-        dot_word<8>(table, pieces[r].bytes.y, lane8, values, even, odd);
-        dot_word<16>(table, pieces[r].bytes.z, lane8, values, even, odd);
-        dot_word<24>(table, pieces[r].bytes.w, lane8, values, even, odd);
-        sums[r] = fmaf(piece_scale<kNested>(w, offset, pieces[r]), even + odd, sums[r]);
-      }
+      for (int r = 0; r < kRows; ++r)
+        sums[r] = fmaf(piece_scale<kNested>(w, offset, pieces[r]), even[r] + odd[r], sums[r]);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) pieces[r] = coming[r];
       if (chunks > own) load_inputs(last ? own_first : first + stride);
@@ -185,10 +214,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (lane % 8 + 8 * i < int(epilogue.R)) low = fmaf(low_s[lane % 8 + 8 * i], b[i], low);
     }
     const float sum = warp_sum_rows(sums, low, lane);
-    if (!idle && lane % 8 == 0) partial[turn][(group * kRows + lane / 8) * own + warp % own] = sum;
+    if (!idle && lane % 8 == 0) partial[turn][place] = sum;
     __syncthreads();  // one a step: the next one writes the other half of `partial`
-    const std::int64_t n = step * step_rows + threadIdx.x;
-    if (threadIdx.x < step_rows && n < w.N) {
+    const int n = step * step_rows + int(threadIdx.x);
+    if (threadIdx.x < step_rows && n < N) {
       float total = 0;
       for (int c = 0; c < own; ++c) total += partial[turn][threadIdx.x * own + c];
       y[blockIdx.y * w.N + n] = rounded<T>(finish(epilogue, total, n));
@@ -198,11 +227,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename T>
 void launch(const Nf4Matrix& w, const void* x, std::int64_t M, const Nf4Epilogue& epilogue, void* y, void* stream) {
+  constexpr std::int64_t kWarps = kThreads<T> / kWarp;
   const std::int64_t step_rows = kRows * (kWarps / std::min<std::int64_t>(kWarps, (w.K + kChunk - 1) / kChunk));
   const std::int64_t steps = (w.N + step_rows - 1) / step_rows;
   const dim3 grid(unsigned(std::min<std::int64_t>(steps, multiprocessors("linear_4bit"))), unsigned(M));
   const auto kernel = w.absmax.plain == nullptr ? nf4_matvec_kernel<T, true> : nf4_matvec_kernel<T, false>;
-  const cudaError_t error = KLAUNCH(kernel, grid, kThreads, kPairTableBytes, static_cast<cudaStream_t>(stream), w,
+  const cudaError_t error = KLAUNCH(kernel, grid, kThreads<T>, kPairTableBytes, static_cast<cudaStream_t>(stream), w,
                                     log2_of(w.blocksize), static_cast<const T*>(x), epilogue, static_cast<T*>(y));
   check_cuda(error, "linear_4bit", "launching nf4_matvec_kernel");
 }

@@ -41,7 +41,8 @@ def test_every_kernel_file_has_tests_and_mutants():
     files = mutate.kernel_files([])
     assert "csrc/nf4/nf4_quantize_cuda.cu" in files
     for file in files:
-        assert mutate.tests_of(file), file
+        for test in mutate.tests_of(file):
+            assert "device" in (mutate.ROOT / test).read_text(encoding="utf-8"), f"{test} has no emulated tests"
     assert sum(len(mutate.mutants(f, (mutate.ROOT / f).read_text(encoding="utf-8"))) for f in files) > 100
 
 
@@ -55,7 +56,7 @@ def test_the_list_of_equivalent_mutants_names_mutants_that_exist():
         assert name in existing, f"{name} of equivalent_mutants.txt is in no kernel; `make mutate` says what survives"
 
 
-def test_a_mutant_that_is_caught_and_one_that_does_not_compile(monkeypatch):
+def test_a_mutant_that_is_caught_and_one_that_does_not_compile():
     try:
         build.load()
     except build.Unavailable as missing:
@@ -64,7 +65,7 @@ def test_a_mutant_that_is_caught_and_one_that_does_not_compile(monkeypatch):
     found = mutate.mutants(path, (mutate.ROOT / path).read_text(encoding="utf-8"))
     guard = next(m for m in found if "packed[" in m.name and "⟦" in m.name)
     module = mutate.build_mutant(guard, "test")
-    green, output = mutate.run_tests(["tests/ops/test_nf4_quantize.py"], module)
+    green, output = mutate.run_tests(mutate.tests_of(path), module)
     assert not green and "OUT OF BOUNDS" in output, output
     with pytest.raises(RuntimeError, match="does not compile"):
         mutate.build_mutant(guard._replace(replacement="no_such_name"), "test")

@@ -59,7 +59,7 @@ def executor():
 
 def _runs_anywhere(node: str) -> bool:
     """Whether the test needs no GPU: an emulated one, or one of tests/emu."""
-    return "emulated" in node or ("tests/emu/" in node and not re.search(r"[[-]cuda[]-]", node))
+    return "emulated" in node or ("tests/emu/" in node and not re.search(r"[\[-]cuda[\]-]", node))
 
 
 def _refuse_skip(report) -> None:

@@ -20,7 +20,7 @@ class Layer(torch.nn.Module):
 
 
 def train(layer, xs, graph: bool):
-    optimizer = pf.optim.AdamW(layer.parameters(), lr=1e-2, capturable=True)
+    optimizer = pf.optim.AdamW(layer.parameters(), lr=1e-2)
     x = xs[0].clone()
 
     def step():

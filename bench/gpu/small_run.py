@@ -8,6 +8,38 @@ import torch
 import pyfastpeft as pf
 
 
+def split_and_many_rows(device: str, dtype: torch.dtype) -> None:
+    """Rows of W long enough to be cut into parts, and more rows of x than one part of (IA)³'s sum takes."""
+    n, k = 33, 2336
+    q = pf.ops.quantize_4bit(torch.randn(n, k, device=device, dtype=dtype), double_quant=True)
+    scale = torch.randn(n, device=device, requires_grad=True)
+    a, b = torch.randn(3, k, device=device), torch.randn(n, 3, device=device)
+    for m in (1, 9):
+        x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+        pf.ops.linear_4bit_ia3(x, q, scale).sum().backward()
+        with pf.ops.batch_invariant():
+            pf.ops.linear_4bit(x, q, None, a, b, 2.0)
+    x = torch.randn(4100, 9, device=device, dtype=dtype, requires_grad=True)
+    pf.ops.ia3_scale(x, torch.randn(9, device=device, requires_grad=True)).sum().backward()
+
+
+def optimizer_steps(device: str, dtype: torch.dtype) -> None:
+    shapes = ((5000,), (3, 7), (4097,))
+    params = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+    low = (
+        {}
+        if dtype == torch.float32
+        else {"master": {"master_weights": True}, "stochastic": {"stochastic_rounding": True}}
+    )
+    for bits in (32, 8):
+        for options in ({}, *low.values()):
+            optimizer = pf.optim.AdamW(params, state_bits=bits, **options)
+            for _ in range(2):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+
+
 def main(device: str = "cuda") -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -29,13 +61,8 @@ def main(device: str = "cuda") -> None:
                     pf.ops.linear_lora(x, w, bias, a, b, 2.0, p).sum().backward()
                 scale = torch.randn(k, device=device, requires_grad=True)
                 pf.ops.ia3_scale(x, scale).sum().backward()
-        params = [torch.nn.Parameter(torch.randn(s, device=device, dtype=dtype)) for s in ((5000,), (3, 7), (4097,))]
-        for bits in (32, 8):
-            optimizer = pf.optim.AdamW(params, state_bits=bits)
-            for _ in range(2):
-                for p in params:
-                    p.grad = torch.randn_like(p)
-                optimizer.step()
+        split_and_many_rows(device, dtype)
+        optimizer_steps(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     print("small run: done")

@@ -91,11 +91,16 @@ def kernels_of_the_sources() -> set[str]:
     )
 
 
+def kernels_of(launched) -> set[str]:
+    """The names of the kernels that these instantiations are of."""
+    return {re.split("[<(]", name)[0] for name in launched}
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not build.load.cache_info().currsize:  # no emulated test ran
         return
     launches = dict(build.load().emu_launches())
-    missing = kernels_of_the_sources() - {re.split("[<(]", name)[0] for name in launches}
+    missing = kernels_of_the_sources() - kernels_of(launches)
     terminalreporter.section("host executor")
     terminalreporter.write_line(
         f"{sum(launches.values())} launches of {len(launches)} kernels (instantiations counted apart) in "

@@ -109,6 +109,9 @@ def _operand_begin(code: str, at: int) -> int:
     while i > 0:
         c = code[i - 1]
         depth += (c in CLOSE) - (c in OPEN)
+        if depth == 0 and code[i - 2 : i] == "::":
+            i -= 2
+            continue
         if depth < 0 or (depth == 0 and (c in "?:,;=!" or code[i - 2 : i] in ("&&", "||"))):
             break
         if depth == 0 and re.match(r"\breturn\b", code[i - 1 : i + 6]) and not code[i - 2].isalnum():
@@ -124,6 +127,9 @@ def _operand_end(code: str, at: int) -> int:
     depth, i = 0, at
     while i < len(code):
         c = code[i]
+        if depth == 0 and code[i : i + 2] == "::":
+            i += 2
+            continue
         depth += (c in OPEN) - (c in CLOSE)
         if depth < 0 or (depth == 0 and (c in "?:,;" or code[i : i + 2] in ("&&", "||"))):
             break

@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
     kp::cp_async_wait<0>();
   }
   y[0] = n > 3 ? x[f(a, b < c)] : T(0);
+  const bool whole = std::int64_t(x) >= std::int64_t(n) ? true : false;
   if constexpr (kSize < 4) __syncwarp();
   __syncthreads();
 }
@@ -32,6 +33,7 @@ def test_what_is_taken_out():
         "csrc/a/a_cuda.cu:⟦kp::cp_async_wait<0>();⟧",
         "csrc/a/a_cuda.cu:y[0] = ⟦n > 3⟧ ? x[f(a, b < c)] : T(0);",
         "csrc/a/a_cuda.cu:y[0] = n > 3 ? x[f(a, ⟦b < c⟧)] : T(0);",
+        "csrc/a/a_cuda.cu:const bool whole = ⟦std::int64_t(x) >= std::int64_t(n)⟧ ? true : false;",
         "csrc/a/a_cuda.cu:if constexpr (kSize < 4) ⟦__syncwarp();⟧",
         "csrc/a/a_cuda.cu:⟦__syncthreads();⟧ (number 2)",
     ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pyfastpeft as pf
+from pyfastpeft.ops import _cuda
 from pyfastpeft.ops import adamw as module
 from pyfastpeft.reference import adamw as reference
 from pyfastpeft.reference.nf4 import dynamic_map
@@ -237,6 +238,17 @@ def test_thousands_of_small_tensors(device):
         part.expected = lists.expected[first : first + 100]
         part.step_reference(grads[first : first + 100], first // 100 + 1)
     lists.check()
+
+
+def test_a_search_that_ends_beside_the_end_of_the_list(device, monkeypatch):
+    """291 tensors: a warp's search of the list goes in steps of ten, and the last of them has one tensor left of ten."""
+    if device.emulated:  # a warp for each tensor, as a GPU has
+        monkeypatch.setattr(_cuda, "multiprocessors", lambda *args: 40)
+    lists = Lists(device, [3] * 291)
+    grads = _randn(lists.sizes, torch.float32, 1, device)
+    lists.step(grads)
+    lists.step_reference(grads, 1)
+    lists.check(step=1)
 
 
 def test_scalars_on_the_device(device):

@@ -33,13 +33,13 @@ def target(tensor: torch.Tensor, op: str) -> Target:
 
 
 def capability(tensor: torch.Tensor) -> tuple[int, int]:
-    """The compute capability of the GPU that `tensor` is on; (9, 0) where the host executor stands in for one."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+    """The compute capability of the GPU that `tensor` is on."""
+    return torch.cuda.get_device_capability(tensor.device)
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:
-    """How many multiprocessors the GPU that `tensor` is on has; 2 where the host executor stands in for one."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+    """How many multiprocessors the GPU that `tensor` is on has."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

@@ -41,9 +41,8 @@ class Switch(NamedTuple):
 # fp32 costs 17 times the packed bytes to write and read, so dot products win up to 8 rows. For 8 ranks of 4096 inputs the
 # SMs together read 17 MB of A from the L2, about 3 us; two launches for S take 4.
 SWITCHES = {
-    (7, 5): Switch(
-        matvec_16bit=0, matvec_float32=0, matmul=0, shrink_ranks=0
-    ),  # 64 KiB of shared memory: no room for the table
+    # 64 KiB of shared memory: no room for the table
+    (7, 5): Switch(matvec_16bit=0, matvec_float32=0, matmul=0, shrink_ranks=0),
     (8, 0): Switch(matvec_16bit=1, matvec_float32=8, matmul=64, shrink_ranks=8),
 }
 

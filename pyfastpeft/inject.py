@@ -87,7 +87,7 @@ def _excluded(path: str, config: PeftConfig) -> bool:
 
 def _in_layers(path: str, config: PeftConfig) -> bool:
     """Whether the path lies in one of layers_to_transform; an entry that is the whole path is taken in any case."""
-    indices = config.layers_to_transform
+    indices = getattr(config, "layers_to_transform", None)
     if indices is None or indices == [] or isinstance(config.target_modules, str) or path in config.target_modules:
         return True
     # the first number in the path is the layer's: "layers.1.experts.0.up" lies in layer 1
@@ -138,7 +138,8 @@ def _near_misses(names: Iterable[str], linears: set[str]) -> str:
 def _nothing_matched(config: PeftConfig, matched: set[str], linears: set[str]) -> str:
     wanted = config.target_modules
     if matched:
-        fields = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
+        names = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        fields = {name: getattr(config, name, None) for name in names}
         given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
         saved = saved_module_names(config)
         given += f"{', ' if given else ''}modules_to_save={saved!r}" if saved else ""

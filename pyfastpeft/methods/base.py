@@ -203,21 +203,67 @@ class MethodLayer(AdapterHolder):
     def bare_module(self) -> nn.Module:
         return self.base_layer
 
+    def merged_weights(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What merging these adapters stores: W [N, K] in fp32 or wider, and the bias [N] (None: it stays as it is)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def merge(self, names: Iterable[str], keep_snapshot: bool, dtype: torch.dtype | None = None) -> float:
         """Folds adapters into the base's weight. Returns the relative error this cost (0.0 where nothing is lost).
 
         keep_snapshot   keep the former weight, so that unmerge() restores it bit for bit
         dtype           replace a quantised base by a dense one of this dtype instead of quantising again
         """
-        raise NotImplementedError
+        names = self.mergeable(names)
+        if not names:
+            return 0.0
+        base = self.base
+        weight, bias = self.merged_weights(names)
+        if keep_snapshot and self._snapshot is None:
+            self._snapshot = base.snapshot_weight(), None if bias is None else base.bias.detach().clone()
+        if dtype is not None and base.is_quantized:
+            self.base_layer = base.to_dense(weight, dtype)
+            error = 0.0
+        else:
+            error = base.set_weight(weight)
+        if bias is not None:
+            self.base.bias.detach().copy_(bias)
+        self.merged_adapters += names
+        return error
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Takes back merge(keep_snapshot=True), exactly."""
-        raise NotImplementedError
+        if not self.merged_adapters:
+            return
+        if self._snapshot is None:
+            raise RuntimeError(f"{type(self).__name__}: the adapters were merged for good; load the base model again")
+        weight, bias = self._snapshot
+        self.base.restore_weight(weight)
+        if bias is not None:
+            self.base.bias.detach().copy_(bias)
+        self._snapshot, self.merged_adapters = None, ()
 
+    @torch.no_grad()
     def check_merge(self, names: Iterable[str], safe: bool) -> None:
         """Raises ValueError where merging would give NaN or infinities; safe looks at the merged weight itself."""
-        raise NotImplementedError
+        names = self.mergeable(names)
+        for name in names:
+            for tensor_name, tensor in self.adapter_tensors(name).items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"adapter {name!r} has NaN or infinities in {tensor_name}; not merged")
+        if safe and names:
+            for merged in self.merged_weights(names):
+                if merged is not None and not torch.isfinite(merged.to(self.base.weight_dtype)).all():
+                    raise ValueError(
+                        f"merging {list(names)} gives NaN or infinities in {self.base.weight_dtype}; not merged. Merge "
+                        "into a wider dtype (model.float())"
+                    )
+
+    def mergeable(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the adapters that are here and not merged yet."""
+        held = self.held_adapters()
+        return tuple(name for name in names if name in held and name not in self.merged_adapters)
 
 
 class Method:

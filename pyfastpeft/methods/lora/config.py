@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from pyfastpeft.methods.base import PeftConfig, PeftType
+from pyfastpeft.methods.checks import check_flags, check_names, check_pattern, check_strings, names_to_set
 
 BIAS_MODES = ("none", "all", "lora_only")
 
@@ -81,10 +82,7 @@ class LoraConfig(PeftConfig):
         self._check_names()
         self._check_numbers()
         self._check_layers()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+        names_to_set(self, "target_modules", "exclude_modules")
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -119,71 +117,66 @@ class LoraConfig(PeftConfig):
                 value = None
             if value != default and not (value is None and not default):
                 raise NotImplementedError(
-                    f"LoraConfig: {field.name}={value!r} is not supported yet, only {default!r}; leave the field out"
+                    f"{type(self).__name__}: {field.name}={value!r} is not supported yet, only {default!r}; leave the field out"
                 )
         init = self.init_lora_weights
         if not isinstance(init, bool) and not (isinstance(init, str) and init.lower() == "gaussian"):
             raise NotImplementedError(
-                f"LoraConfig: init_lora_weights={init!r} is not supported yet, only True, False and 'gaussian'"
+                f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False and 'gaussian'"
             )
 
     def _check_numbers(self) -> None:
         for name, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if not isinstance(rank, int) or isinstance(rank, bool):
-                raise TypeError(f"LoraConfig: {name} is {rank!r}, expected an integer")
+                raise TypeError(f"{type(self).__name__}: {name} is {rank!r}, expected an integer")
             if rank <= 0:
-                raise ValueError(f"LoraConfig: {name} is {rank}, expected a positive integer")
+                raise ValueError(f"{type(self).__name__}: {name} is {rank}, expected a positive integer")
         alphas = (
             ("lora_alpha", self.lora_alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         )
         for name, alpha in (*alphas, ("lora_dropout", self.lora_dropout)):
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-                raise TypeError(f"LoraConfig: {name} is {alpha!r}, expected a number")
+                raise TypeError(f"{type(self).__name__}: {name} is {alpha!r}, expected a number")
             if not math.isfinite(alpha):
-                raise ValueError(f"LoraConfig: {name} is {alpha}, expected a finite number")
+                raise ValueError(f"{type(self).__name__}: {name} is {alpha}, expected a finite number")
         if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"LoraConfig: lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
+            raise ValueError(f"{type(self).__name__}: lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
         if self.bias not in BIAS_MODES:
-            raise ValueError(f"LoraConfig: bias is {self.bias!r}, expected one of {', '.join(BIAS_MODES)}")
-        for name in ("fan_in_fan_out", "use_rslora", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"LoraConfig: {name} is {getattr(self, name)!r}, expected True or False")
+            raise ValueError(f"{type(self).__name__}: bias is {self.bias!r}, expected one of {', '.join(BIAS_MODES)}")
+        check_flags(self, "fan_in_fan_out", "use_rslora", "inference_mode")
 
     def _check_names(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                _check_pattern(name, value)
-            else:
-                _check_strings(name, value)
-        _check_strings("modules_to_save", self.modules_to_save)
+        check_names(self, "target_modules", "exclude_modules")
+        check_strings(self, "modules_to_save", self.modules_to_save)
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name)
             if not isinstance(patterns, dict):
-                raise TypeError(f"LoraConfig: {name} is {patterns!r}, expected a dict of names to numbers")
+                raise TypeError(f"{type(self).__name__}: {name} is {patterns!r}, expected a dict of names to numbers")
             for key in patterns:
-                _check_pattern(name, key)
+                check_pattern(self, name, key)
 
     def _check_layers(self) -> None:
         indices = self.layers_to_transform
         if indices is not None and not isinstance(indices, int):
             if not isinstance(indices, (list, tuple, set)) or not all(isinstance(i, int) for i in indices):
                 raise TypeError(
-                    f"LoraConfig: layers_to_transform is {indices!r}, expected an integer or a list of them"
+                    f"{type(self).__name__}: layers_to_transform is {indices!r}, expected an integer or a list of them"
                 )
             self.layers_to_transform = list(indices)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"LoraConfig: {name} goes with a list of target_modules, not with the string "
+                        f"{type(self).__name__}: {name} goes with a list of target_modules, not with the string "
                         f"{self.target_modules!r}; put the layers into the regular expression"
                     )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("LoraConfig: layers_pattern is given without layers_to_transform; say which layers")
+            raise ValueError(
+                f"{type(self).__name__}: layers_pattern is given without layers_to_transform; say which layers"
+            )
         for pattern in self.pattern_list():
-            _check_pattern("layers_pattern", pattern)
+            check_pattern(self, "layers_pattern", pattern)
 
     def pattern_list(self) -> list[str]:
         """layers_pattern as a list; empty for any."""
@@ -211,21 +204,3 @@ def _pattern_matches(pattern: str, path: str) -> bool:
 def _pattern_of(patterns: dict, path: str) -> str | None:
     """The first key that matches the path's end."""
     return next((key for key in patterns if _pattern_matches(key, path)), None)
-
-
-def _check_pattern(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise TypeError(f"LoraConfig: {name} holds {pattern!r}, expected a string")
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"LoraConfig: {name} {pattern!r} is not a valid regular expression: {error}") from None
-
-
-def _check_strings(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"LoraConfig: {name} is {value!r}, expected a list of strings")
-    if "" in value:
-        raise ValueError(f"LoraConfig: {name} holds an empty name")

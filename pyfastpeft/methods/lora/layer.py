@@ -109,55 +109,11 @@ class LoraLinear(MethodLayer):
         wide = torch.promote_types(a.dtype, torch.float32)
         return (b.to(wide) @ a.to(wide)) * self.scaling[name]
 
-    def _merged_weight(self, names: Iterable[str]) -> torch.Tensor:
+    def merged_weights(self, names: Iterable[str]) -> tuple[torch.Tensor, None]:
         """W + Σ s · B A, summed in fp32 and not yet rounded to what the base stores."""
         deltas = [self.get_delta_weight(name) for name in names]
         weight = self.base.get_weight(deltas[0].dtype)
-        return sum(deltas, start=weight)
-
-    @torch.no_grad()
-    def check_merge(self, names: Iterable[str], safe: bool) -> None:
-        names = self._mergeable(names)
-        for name in names:
-            for tensor_name, tensor in self.adapter_tensors(name).items():
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"adapter {name!r} has NaN or infinities in {tensor_name}; not merged")
-        if safe and names:
-            merged = self._merged_weight(names).to(self.base.weight_dtype)
-            if not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"merging {list(names)} gives NaN or infinities in {merged.dtype}; not merged. Merge into a wider "
-                    "dtype (model.float())"
-                )
-
-    @torch.no_grad()
-    def merge(self, names: Iterable[str], keep_snapshot: bool, dtype: torch.dtype | None = None) -> float:
-        names = self._mergeable(names)
-        if not names:
-            return 0.0
-        base = self.base
-        merged = self._merged_weight(names)
-        if keep_snapshot and self._snapshot is None:
-            self._snapshot = base.snapshot_weight()
-        if dtype is not None and base.is_quantized:
-            self.base_layer = base.to_dense(merged, dtype)
-            error = 0.0
-        else:
-            error = base.set_weight(merged)
-        self.merged_adapters += names
-        return error
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        if not self.merged_adapters:
-            return
-        if self._snapshot is None:
-            raise RuntimeError("LoraLinear: the adapters were merged for good; load the base model again")
-        self.base.restore_weight(self._snapshot)
-        self._snapshot, self.merged_adapters = None, ()
-
-    def _mergeable(self, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(name for name in names if name in self.lora_A and name not in self.merged_adapters)
+        return sum(deltas, start=weight), None
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={rank}, scaling={self.scaling[name]:g}" for name, rank in self.r.items())

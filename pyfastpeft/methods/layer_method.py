@@ -1,0 +1,80 @@
+"""LayerMethod: what the methods that put a layer around each of target_modules (LoRA, AdaLoRA, (IA)³) have in common."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from pyfastpeft.inject import bias_tensors, find_targets, resolved_target_modules, warn_tied
+from pyfastpeft.methods.base import AdapterHolder, Method, MethodLayer, PeftConfig, replace_module
+from pyfastpeft.nn import as_base_linear
+from pyfastpeft.saved_modules import add_saved_modules, check_saved_modules
+
+
+class LayerMethod(Method):
+    """A method whose adapters live in `layer_class` around the linear layers that config.target_modules names.
+
+    layer_class needs `add_adapter(name, config, path, *, fp32, init)`.
+    """
+
+    layer_class: type[MethodLayer]
+
+    def fill_targets(self, model: nn.Module, config: PeftConfig, strict: bool) -> None:
+        """Sets config.target_modules (and what goes with it) where the config leaves it to the architecture."""
+        raise NotImplementedError
+
+    def check_targets(self, config: PeftConfig, targets: dict[str, nn.Module], strict: bool) -> None:
+        """Further checks and notes, before anything is changed; config may be filled in."""
+
+    def inject(
+        self, model: nn.Module, config: PeftConfig, adapter_name: str, *, fp32: bool, init: bool, strict: bool
+    ) -> PeftConfig:
+        config = config.copy()
+        self.fill_targets(model, config, strict)
+        targets = find_targets(model, config, strict=strict)
+        self._check_same_method(targets)
+        saved = check_saved_modules(model, config, adapter_name, strict=strict)
+        config.target_modules = resolved_target_modules(model, config, targets)
+        self.check_targets(config, targets, strict)
+        _note_storage(config, targets)
+        warn_tied(model, targets)
+        layers = []
+        for path, module in targets.items():
+            layer = module if isinstance(module, MethodLayer) else self.layer_class(module).train(module.training)
+            layer.add_adapter(adapter_name, config, path, fp32=fp32, init=init)
+            layers.append((module, layer))
+        for module, layer in layers:
+            if layer is not module:
+                replace_module(model, module, layer)
+        add_saved_modules(model, saved, adapter_name)
+        return config
+
+    def tensors(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        biases = bias_tensors(model, getattr(config, "bias", "none"), self.layer_class)
+        return super().tensors(model, config, adapter_name) | biases
+
+    def _check_same_method(self, targets: dict[str, nn.Module]) -> None:
+        for path, module in targets.items():
+            if isinstance(module, AdapterHolder) and type(module) is not self.layer_class:
+                raise ValueError(
+                    f"{path} has an adapter of another method already ({type(module).__name__}); a layer holds adapters "
+                    f"of one method: take it out of target_modules, or delete_adapter() the others first"
+                )
+
+
+def _note_storage(config: PeftConfig, targets: dict[str, nn.Module]) -> None:
+    """Sets fan_in_fan_out to what the targets are, with a warning where the config said otherwise, as PEFT does."""
+    kinds = {
+        as_base_linear(m.base_layer if isinstance(m, MethodLayer) else m).fan_in_fan_out: type(m).__name__
+        for m in targets.values()
+    }
+    if len(kinds) == 1 and config.fan_in_fan_out not in kinds:
+        ((transposed, kind),) = kinds.items()
+        warnings.warn(
+            f"{type(config).__name__}: fan_in_fan_out is {config.fan_in_fan_out} but the adapted layers are {kind}; "
+            f"set to {transposed}",
+            stacklevel=4,
+        )
+        config.fan_in_fan_out = transposed

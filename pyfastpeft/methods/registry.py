@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pyfastpeft.methods.base import Method, PeftConfig, PeftType
+from pyfastpeft.methods.ia3 import IA3Method
 from pyfastpeft.methods.lora import LoraMethod
 
-METHODS: dict[PeftType, Method] = {method.peft_type: method for method in (LoraMethod(),)}
+_METHODS = [
+    IA3Method(),
+    LoraMethod(),
+]
+METHODS: dict[PeftType, Method] = {method.peft_type: method for method in _METHODS}
 
 
 def method_for(peft_type: PeftType | str | None) -> Method:

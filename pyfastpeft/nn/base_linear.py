@@ -22,6 +22,8 @@ from torch import nn
 from pyfastpeft import ops
 from pyfastpeft.nn.dense import conv1d_class, first_non_finite, has_own_forward, is_conv1d, relative_error
 from pyfastpeft.nn.nf4_linear import NF4Linear
+from pyfastpeft.ops._linear import draw_seed
+from pyfastpeft.reference import lora as reference
 
 
 class BaseLinear:
@@ -75,16 +77,24 @@ class BaseLinear:
         """x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ in one op, with x [..., K], A [R, K], B [N, R]; result in x's dtype.
 
         dropout_p is what to drop now (0 in eval); seed as in ops.linear_lora, drawn from torch's generator when None.
-        A module with hooks or a forward of its own (offloading, subclasses) is called, and the rest added to it.
+        A module with hooks or a forward of its own (offloading, subclasses) is called, and the rest added to it. fp64 on
+        a dense base is computed by torch operations (reference.lora), for checking gradients.
         """
         if has_own_forward(self.module, self._known_class()):
             return self._add_lora(self.module(x), x, lora_a, lora_b, scaling, dropout_p, seed)
         return self._fused_lora(x, lora_a, lora_b, scaling, dropout_p, seed)
 
+    def forward_scaled(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """(x Wᵀ + bias) · scale with scale [N] ((IA)³); result in the dtype the module gives."""
+        return scaled(self.module(x), scale)
+
     def _known_class(self) -> type | None:
         return nn.Linear
 
     def _fused_lora(self, x, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
+        if x.dtype == torch.float64:  # the kernels have no fp64; it is for checking gradients
+            seed = draw_seed(x, dropout_p, seed)
+            return reference.linear_lora(x, self._weight(), self.bias, lora_a, lora_b, scaling, dropout_p, seed)
         return ops.linear_lora(x, self._weight(), self.bias, lora_a, lora_b, scaling, dropout_p, seed)
 
     def _add_lora(self, y, x, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
@@ -218,6 +228,12 @@ class _NF4Base(BaseLinear):
     def _fused_lora(self, x, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
         return self.module.forward_lora(x, lora_a, lora_b, scaling, dropout_p, seed)
 
+    def forward_scaled(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """As for a dense base, the scale multiplied in by the op of the 4-bit matmul."""
+        if has_own_forward(self.module, self._known_class()):
+            return super().forward_scaled(x, scale)
+        return self.module.forward_scaled(x, scale)
+
     def _weight(self) -> torch.Tensor:
         return ops.dequantize_4bit(self.module.quantized, dtype=self.weight_dtype)
 
@@ -249,6 +265,13 @@ class _NF4Base(BaseLinear):
         """Puts a snapshot back, bit for bit, in place."""
         for name, tensor in self.module.quantized.tensors().items():
             tensor.detach().copy_(snapshot[name])
+
+
+def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [..., D] · scale [D] in x's dtype, the product taken in fp32 (fp64 for fp64) and rounded once."""
+    if x.dtype == torch.float64:
+        return x * scale
+    return ops.ia3_scale(x, scale if scale.dtype in (torch.float32, x.dtype) else scale.float())
 
 
 _KINDS: list[tuple[Callable[[nn.Module], bool], type[BaseLinear]]] = []

@@ -173,16 +173,24 @@ class NF4Linear(nn.Module):
         """forward(x) + scaling · dropout(x) Aᵀ Bᵀ in one op; arguments as in ops.linear_4bit."""
         return self._compute(x, lora_a, lora_b, scaling, dropout_p, seed)
 
-    def _compute(self, x: torch.Tensor, *lora) -> torch.Tensor:
+    def forward_scaled(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """forward(x) · scale in one op; scale [N] as in ops.linear_4bit_ia3."""
+        return self._compute(x, scale=scale)
+
+    def _compute(self, x: torch.Tensor, *lora, scale: torch.Tensor | None = None) -> torch.Tensor:
         if not x.is_floating_point():
             raise TypeError(
                 f"NF4Linear: x has dtype {x.dtype}, expected float32, float16 or bfloat16; a model that casts its "
                 "input to weight.dtype needs this layer unquantised (quantize_model(..., skip=...))"
             )
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
-        if self.compute_dtype is None or autocast:
-            return ops.linear_4bit(x, self.quantized, self.bias, *lora)
-        return ops.linear_4bit(x.to(self.compute_dtype), self.quantized, self.bias, *lora).to(x.dtype)
+        given = x.dtype if self.compute_dtype is not None and not autocast else None
+        x = x if given is None else x.to(self.compute_dtype)
+        if scale is None:
+            y = ops.linear_4bit(x, self.quantized, self.bias, *lora)
+        else:
+            y = ops.linear_4bit_ia3(x, self.quantized, scale, self.bias)
+        return y if given is None else y.to(given)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense layer this one stands for, its weight frozen, in dtype (None: the one the weight had); a copy."""

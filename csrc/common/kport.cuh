@@ -53,6 +53,20 @@ __device__ __forceinline__ unsigned char* kdyn_smem() {
   return kdyn_smem_;
 }
 
+// KiB of shared memory on a multiprocessor of the architecture that is being compiled, for __launch_bounds__: blocks that
+// do not fit side by side need not share the registers. 228 on the host.
+#if !defined(__CUDA_ARCH__)
+constexpr int kMultiprocessorSharedKiB = 228;
+#elif __CUDA_ARCH__ < 800
+constexpr int kMultiprocessorSharedKiB = 64;
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+constexpr int kMultiprocessorSharedKiB = 100;
+#elif __CUDA_ARCH__ < 900
+constexpr int kMultiprocessorSharedKiB = 164;
+#else
+constexpr int kMultiprocessorSharedKiB = 228;
+#endif
+
 // PTX without a CUDA C++ spelling. All take generic pointers. On sm_75 cp_async16 is a plain copy; the tensor-core
 // functions need sm_80 and end the kernel there: launchers never choose such a kernel for it.
 namespace kp {
@@ -65,10 +79,14 @@ namespace kp {
 // `source_bytes` (0 to 16) are read, the rest of the destination becomes zero.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, int source_bytes = 16) {
 #if defined(PYFASTPEFT_BEFORE_SM80)
-  uint4 value = make_uint4(0, 0, 0, 0);
-  for (int i = 0; i < source_bytes; ++i)
-    reinterpret_cast<unsigned char*>(&value)[i] = static_cast<const unsigned char*>(global)[i];
-  *static_cast<uint4*>(shared) = value;
+  auto* to = static_cast<uint4*>(shared);
+  if (source_bytes == 16) {
+    *to = *static_cast<const uint4*>(global);
+  } else {  // byte by byte where it is to be: an array between them would lie in memory too
+    *to = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < source_bytes; ++i)
+      static_cast<unsigned char*>(shared)[i] = static_cast<const unsigned char*>(global)[i];
+  }
 #else
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(source_bytes) : "memory");

@@ -116,8 +116,13 @@ __device__ __forceinline__ void add_low_rank(const Nf4Epilogue& e, int M, std::i
   }
 }
 
+// As many as its shared memory has room for, and two at most: then there is work while one waits.
+constexpr int blocks_of_a_multiprocessor(int tiles) {
+  return 2 * smem_bytes(tiles) <= kMultiprocessorSharedKiB * 1024 && tiles <= 2 ? 2 : 1;
+}
+
 template <typename T, int kTiles, bool kNested>
-__global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, blocks_of_a_multiprocessor(kTiles))
     nf4_matmul_kernel(const Nf4Matrix w,              //
                       int log2_blocksize,             //
                       const T* __restrict__ x,        // [M, K], M up to 8·kTiles
@@ -135,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
   const int half = warp / kRowGroups, g = lane / 4, q = lane % 4;
   const std::uint32_t lane8 = lane * 8;
   const int K = int(w.K);
-  const std::int64_t n0 = std::int64_t(blockIdx.x) * kTileN;
-  const std::int64_t row0 = n0 + warp % kRowGroups * kWarpRows;
+  const int n0 = int(blockIdx.x) * kTileN;
+  const int row0 = n0 + warp % kRowGroups * kWarpRows;
   const int first = int(blockIdx.y * slabs * kSlab);
   const int end = int(min(w.K, first + slabs * kSlab));
   const float offset = kNested ? *w.absmax.offset : 0.0f;
@@ -154,13 +159,11 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1)
     }
     kp::cp_async_commit();
   };
-  int rows[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) rows[r] = int(min(row0 + r * 8 + g, w.N - 1));
+  const int N = int(w.N), my_row = row0 + g;
   const auto load_w = [&](int k0, Piece(&pieces)[4]) {
     const int k = min(k0 + half * kHalfSlab + q * 32, end - 32);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) pieces[r] = load_piece<kNested>(w, log2_blocksize, rows[r], k);
+    for (int r = 0; r < 4; ++r) pieces[r] = load_piece<kNested>(w, log2_blocksize, min(my_row + r * 8, N - 1), k);
   };
 
   float d[2][kTiles][4] = {};

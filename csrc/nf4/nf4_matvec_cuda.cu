@@ -135,14 +135,14 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
   const int group = warp / own;
   const bool idle = group >= groups;
   const int step_rows = groups * kRows;
-  const int N = int(w.N), steps = (N + step_rows - 1) / step_rows;
+  const int N = int(w.N);
 
   const int own_first = warp % own * kChunk + lane * kPieceValues;
   x += blockIdx.y * w.K;
   Inputs<T> values;
   const auto load_inputs = [&](int first) { load_x<T>(x + first, !idle && first < K, values); };
   const auto load_rows = [&](int step, int first, Piece(&pieces)[kRows]) {
-    const int n0 = step * step_rows + group * kRows;
+    const int n0 = (step * groups + group) * kRows;
     const int k = min(first, K - kPieceValues);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) pieces[r] = load_piece<kNested>(w, log2_blocksize, min(n0 + r, N - 1), k);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads<T>, 1)
 
   const int place = (group * kRows + lane / 8) * own + warp % own;  // of this lane's sum
   int turn = 0;
-  for (int step = int(blockIdx.x); step < steps; step += int(gridDim.x), turn ^= 1) {
+  for (int step = int(blockIdx.x); step * step_rows < N; step += int(gridDim.x), turn ^= 1) {
     float sums[kRows] = {}, low = 0, b[2] = {};
     if (low_rank) {  // lane 8·r + i: ranks i, i + 8, ... of row r
       const int n = step * step_rows + group * kRows + lane / 8;

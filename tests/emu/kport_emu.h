@@ -14,6 +14,8 @@ namespace pyfastpeft {
 #define KLAUNCH(kernel, grid, block, dynamic_smem, stream, ...) \
   (((void)(stream)), ::emu::launch_kernel(kernel, dim3(grid), dim3(block), dynamic_smem, __VA_ARGS__))
 
+constexpr int kMultiprocessorSharedKiB = 228;
+
 inline unsigned char* kdyn_smem() { return static_cast<unsigned char*>(::emu::dynamic_shared()); }
 
 namespace kp {

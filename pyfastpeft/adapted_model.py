@@ -193,7 +193,7 @@ class AdaptedModel(nn.Module):
         self._untie(layers)
         errors = {}
         for path, layer in _progress(layers, "merging", progressbar):
-            quantized = layer.base.is_quantized and dtype is None
+            quantized = layer.merges_weight and layer.base.is_quantized and dtype is None
             held = any(name in layer.held_adapters() for name in names)
             error = layer.merge(names, keep_snapshot, dtype)
             if quantized and held:
@@ -209,7 +209,7 @@ class AdaptedModel(nn.Module):
         return errors
 
     def _untie(self, layers: list[tuple[str, MethodLayer]]) -> None:
-        for path, other in tied_targets(self.model, dict(layers)):
+        for path, other in tied_targets(self.model, {path: layer for path, layer in layers if layer.merges_weight}):
             base = self.model.get_submodule(path).base_layer
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
             warnings.warn(f"{path} has now a weight of its own, apart from {other}'s", stacklevel=5)

@@ -38,13 +38,13 @@ def find_targets(model: nn.Module, config: PeftConfig, strict: bool = True) -> d
     linears = {path for path, module in modules.items() if path and _base_of(module) is not None}
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        matched = linears - _output_heads(model, modules)
+        matched = linears - output_heads(model, modules)
     elif isinstance(wanted, str):
         matched = {path for path in modules if path and re.fullmatch(wanted, path)}
     else:
         matched = {path for path in modules if path and named_by(path, wanted)}
         _check_every_entry(wanted, matched, linears, strict)
-    targets = {path for path in matched if not _excluded(path, config) and _in_layers(path, config)}
+    targets = {path for path in matched if not excluded(path, config) and _in_layers(path, config)}
     if not targets:
         raise ValueError(_nothing_matched(config, matched, linears))
     wrong = [path for path in modules if path in targets and path not in linears]
@@ -55,9 +55,14 @@ def find_targets(model: nn.Module, config: PeftConfig, strict: bool = True) -> d
             "expected nn.Linear, Conv1D or NF4Linear. Name the linear layers, or take the others out with "
             "exclude_modules"
         )
-    if config.exclude_modules and not any(_excluded_by_name(path, config) for path in modules if path):
-        warnings.warn(f"exclude_modules={_shown(config.exclude_modules)} matches no module", stacklevel=2)
+    warn_unused_exclusion(config, modules)
     return {path: module for path, module in modules.items() if path in targets}
+
+
+def warn_unused_exclusion(config: PeftConfig, modules: Iterable[str]) -> None:
+    """Says that exclude_modules matches none of the paths."""
+    if config.exclude_modules and not any(_excluded_by_name(path, config) for path in modules if path):
+        warnings.warn(f"exclude_modules={_shown(config.exclude_modules)} matches no module", stacklevel=3)
 
 
 def _base_of(module: nn.Module):
@@ -79,7 +84,8 @@ def _excluded_by_name(path: str, config: PeftConfig) -> bool:
     return re.fullmatch(names, path) is not None if isinstance(names, str) else named_by(path, names)
 
 
-def _excluded(path: str, config: PeftConfig) -> bool:
+def excluded(path: str, config: PeftConfig) -> bool:
+    """Whether exclude_modules or modules_to_save takes the path out of the targets."""
     if _excluded_by_name(path, config):
         return True
     return any(f".{path}.".find(f".{name}.") >= 0 for name in saved_module_names(config))
@@ -96,7 +102,7 @@ def _in_layers(path: str, config: PeftConfig) -> bool:
     return match is not None and int(match[1]) in ([indices] if isinstance(indices, int) else indices)
 
 
-def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+def output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """The output embedding, or else the classification head: "all-linear" leaves it alone."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
@@ -118,13 +124,13 @@ def _check_every_entry(wanted: Iterable[str], matched: set[str], linears: set[st
     unmatched = sorted(name for name in wanted if not any(p == name or p.endswith(f".{name}") for p in matched))
     if not unmatched:
         return
-    message = f"target_modules: {unmatched} match no module of the model{_near_misses(unmatched, linears)}"
+    message = f"target_modules: {unmatched} match no module of the model{near_misses(unmatched, linears)}"
     if strict or not matched:
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
 
 
-def _near_misses(names: Iterable[str], linears: set[str]) -> str:
+def near_misses(names: Iterable[str], linears: set[str]) -> str:
     ends = sorted({path.rpartition(".")[2] for path in linears if not path.rpartition(".")[2].isdigit()})
     found = []
     for name in names:
@@ -148,7 +154,7 @@ def _nothing_matched(config: PeftConfig, matched: set[str], linears: set[str]) -
     hint = (
         "; a string is a regular expression for the whole path: a list names layers" if isinstance(wanted, str) else ""
     )
-    return f"target_modules={_shown(wanted)} matches no module of the model{_near_misses(names, linears)}{hint}"
+    return f"target_modules={_shown(wanted)} matches no module of the model{near_misses(names, linears)}{hint}"
 
 
 def resolved_target_modules(model: nn.Module, config: PeftConfig, targets: dict[str, nn.Module]) -> set[str] | str:

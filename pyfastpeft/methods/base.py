@@ -44,6 +44,7 @@ class PeftType(str, enum.Enum):
     LORA = "LORA"
     ADALORA = "ADALORA"
     IA3 = "IA3"
+    BITFIT = "BITFIT"  # not one of PEFT's
 
 
 @dataclasses.dataclass
@@ -173,6 +174,8 @@ class AdapterHolder(nn.Module):
 
 class MethodLayer(AdapterHolder):
     """An AdapterHolder around `base_layer` whose adapters can be folded into its weight (LoRA, (IA)³, …)."""
+
+    merges_weight = True  # False: merging leaves the weight as it is, so a quantised one loses nothing
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pyfastpeft.methods.base import Method, PeftConfig, PeftType
+from pyfastpeft.methods.bitfit import BitFitMethod
 from pyfastpeft.methods.ia3 import IA3Method
 from pyfastpeft.methods.lora import LoraMethod
 
 _METHODS = [
+    BitFitMethod(),
     IA3Method(),
     LoraMethod(),
 ]

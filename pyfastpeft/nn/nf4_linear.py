@@ -50,7 +50,8 @@ class NF4Linear(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         empty = _zero_weight(out_features, in_features, blocksize, quant_type, double_quant, dtype, device)
         self._set_up(empty, compute_dtype)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        zeros = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", zeros)  # None as well: the place for one that an adapter brings
 
     def _set_up(self, q: QuantizedTensor, compute_dtype: torch.dtype | None) -> None:
         if compute_dtype is not None and compute_dtype not in DTYPES:
@@ -105,7 +106,7 @@ class NF4Linear(nn.Module):
         self._set_up(q, compute_dtype)
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"NF4Linear: bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
-        self.bias = bias
+        self.register_parameter("bias", bias)
         return self
 
     @property

@@ -18,6 +18,7 @@ class Contract:
     """options    model kind -> the config's keyword arguments, for ours and for PEFT's class alike
     identity      a new adapter changes nothing
     mergeable     merge_adapter() and merge_and_unload() are offered
+    exact_merge   merging quantises nothing again
     peft          PEFT's config class of the same files; None where PEFT has no such method or is wrong
     kinds, bases  models it serves
     quantized     it has something to do with quantised layers (False: the base only happens to be quantised)
@@ -26,12 +27,14 @@ class Contract:
     options: Callable[[str], dict] = lambda kind: {}
     identity: bool = True
     mergeable: bool = True
+    exact_merge: bool = False
     peft: str | None = None
     kinds: tuple[str, ...] = KINDS
     peft_kinds: tuple[str, ...] = KINDS
 
 
 CONTRACTS = {
+    PeftType.BITFIT: Contract(lambda kind: {"train_norms": True}, exact_merge=True),
     PeftType.IA3: Contract(peft="IA3Config"),
     PeftType.LORA: Contract(lambda kind: {"target_modules": "all-linear", "r": 4}, peft="LoraConfig"),
 }

@@ -145,7 +145,7 @@ def test_merging(method, kind, base):
         torch.testing.assert_close(logits(twin, kind), before, rtol=1e-4, atol=1e-5 * before.abs().max().item())
     plain = model.merge_and_unload(safe_merge=True)
     assert torch.equal(logits(plain, kind), merged)
-    if base == "nf4":
+    if base == "nf4" and not CONTRACTS[method].exact_merge:
         assert plain.merge_report and all(0 < error < 0.2 for error in plain.merge_report.values())
     assert {type(m) for m in plain.modules()} == {type(m) for m in base_model(kind, base).modules()}
 
@@ -199,7 +199,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, kind, base):
 
     plain, checkpointed = gradients(False), gradients(True)
     for name, gradient in plain.items():
-        assert (checkpointed[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        # a key's bias changes nothing behind a softmax: its gradient is rounding alone
+        assert (checkpointed[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
 
 
 @METHOD

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, m) {
   pyfastpeft::register_lora(m);
   pyfastpeft::register_nf4(m);
   pyfastpeft::register_nf4_matmul(m);
+  pyfastpeft::register_paged_memory(m);
 }

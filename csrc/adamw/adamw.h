@@ -23,6 +23,10 @@ struct AdamwTensor {
   std::int64_t n;
   DType param_dtype, grad_dtype;
   bool bits8;
+  // For a part of a tensor: where it begins, a multiple of 256, and the whole one's number in the call. Both belong to
+  // the counter of the random numbers of stochastic rounding; CPU only.
+  std::int64_t first = 0;
+  std::int64_t index = -1;  // -1: the number in this call
 };
 
 struct AdamwOptions {

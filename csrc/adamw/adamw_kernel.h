@@ -126,7 +126,7 @@ void adamw_kernel(const AdamwRange& r) {
         store_part(p, param + i, rest);
     }
 
-    if (stochastic) adamw_round(p_exact, param, n, *r.seed, r.index, begin);
+    if (stochastic) adamw_round(p_exact, param, n, *r.seed, r.index, t.first + begin);
     if (t.bits8) {
       adamw_encode<V>(m_at, *r.map1, static_cast<std::uint8_t*>(t.exp_avg) + begin, t.absmax1 + block, n);
       adamw_encode<V>(v_at, *r.map2, static_cast<std::uint8_t*>(t.exp_avg_sq) + begin, t.absmax2 + block, n);

@@ -51,5 +51,6 @@ void register_ia3(py::module_& m);
 void register_lora(py::module_& m);
 void register_nf4(py::module_& m);
 void register_nf4_matmul(py::module_& m);
+void register_paged_memory(py::module_& m);
 
 }  // namespace pyfastpeft

@@ -1,5 +1,6 @@
 """Optimizers over pyfastpeft's kernels; each is a torch.optim.Optimizer."""
 
 from pyfastpeft.optim.adamw import AdamW
+from pyfastpeft.optim.paged_adamw import PagedAdamW
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "PagedAdamW"]

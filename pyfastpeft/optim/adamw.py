@@ -253,20 +253,26 @@ class AdamW(torch.optim.Optimizer):
                 groups[-1]["state_bits"] = ours["state_bits"]  # the optimizer's own choice; the state is converted
             _check_options(groups[-1])
         owners = [(p, g) for g in groups for p in g["params"]]
-        state: dict[Any, Any] = defaultdict(dict)
         by_id = dict(zip(chain.from_iterable(g["params"] for g in saved), owners, strict=True))
-        for key, value in state_dict["state"].items():
-            if key not in by_id:
-                state[key] = value
-                continue
-            p, group = by_id[key]
-            state[p] = state_for(
-                p, value, key, bits8=self._is_8bit(p, group), master=self._has_master(p, group),
-                maps=standard_maps(p.device),
-            )  # fmt: skip
+        known = {key: value for key, value in state_dict["state"].items() if key in by_id}
+        state = self._adopt([(*by_id[key], key, value) for key, value in known.items()])
+        state.update({key: value for key, value in state_dict["state"].items() if key not in known})
         self.__setstate__({"state": state, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _adopt(self, saved: list[tuple[torch.Tensor, dict[str, Any], Any, dict[str, Any]]]) -> dict[Any, Any]:
+        """The new `state` from (parameter, its group, key in the state dict, what was saved)."""
+        state: dict[Any, Any] = defaultdict(dict)
+        for p, group, key, value in saved:
+            state[p] = self._converted(p, group, key, value)
+        return state
+
+    def _converted(self, p: torch.Tensor, group: dict[str, Any], key: Any, value: dict[str, Any]) -> dict[str, Any]:
+        return state_for(
+            p, value, key, bits8=self._is_8bit(p, group), master=self._has_master(p, group),
+            maps=standard_maps(p.device),
+        )  # fmt: skip
 
     def memory_report(self) -> dict[str, int | float | None]:
         """Bytes of the state (maps shared between parameters count once). Nothing is paged here: all of it is resident."""

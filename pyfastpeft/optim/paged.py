@@ -1,0 +1,366 @@
+"""What every paged optimizer shares: its pages, one pass over them a step, state dicts, reports. No update rule."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+
+from pyfastpeft.ops import adamw as op
+from pyfastpeft.optim.page_space import Field, PagedState, PageSpace
+from pyfastpeft.paged_memory import (
+    FEWEST_PAGES,
+    SMALLEST_PAGE,
+    PagedMemory,
+    available_memory,
+    parse_bytes,
+    spill_folder,
+    write_chrome_trace,
+)
+
+
+class Call:
+    """Parameters that are stepped alike: of one group, on one device, with states of one kind."""
+
+    def __init__(self, number: int, index: int, state: PagedState) -> None:
+        self.group_number, self.first_state = number, state
+        self.index = index  # of the call in its step
+        self.params: list[torch.Tensor] = []
+        self.states: list[PagedState] = []
+        self.grads: list[torch.Tensor] = []
+
+    def close(self) -> None:
+        self.numels = array("q", map(op._numel, self.params))
+        self.param_dtypes = list(map(op._dtype, self.params))
+        self.grad_dtypes = list(map(op._dtype, self.grads))
+        self.contiguous = all(map(op._is_contiguous, self.params)) and all(map(op._is_contiguous, self.grads))
+
+    def renew(self, state: Any) -> bool:
+        """Takes the gradients of now; False where anything is not as it was when the call was planned."""
+        params = self.params
+        grads = [p.grad for p in params]
+        if not self.contiguous or not all(map(is_, map(state.get, params), self.states)):
+            return False
+        try:
+            alike = (
+                list(map(op._dtype, grads)) == self.grad_dtypes
+                and list(map(op._dtype, params)) == self.param_dtypes
+                and array("q", map(op._numel, grads)) == self.numels
+                and array("q", map(op._numel, params)) == self.numels
+                and all(map(op._is_contiguous, grads))
+                and all(map(op._is_contiguous, params))
+            )
+        except (RuntimeError, TypeError):  # a gradient is None, or sparse
+            return False
+        if alike:
+            self.grads = grads
+        return alike
+
+    def locate(self) -> None:
+        """Where everything lies now."""
+        self.param_addresses, self.grad_addresses = op._addresses(self.params), op._addresses(self.grads)
+
+
+class StepPlan:
+    """The calls of a step, by page; used again as long as the parameters, gradients and states are alike."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], calls: list[Call]) -> None:
+        self.group_params = [list(group["params"]) for group in groups]
+        with_grad = {id(p) for call in calls for p in call.params}
+        self.idle = [p for params in self.group_params for p in params if id(p) not in with_grad]
+        self.calls = calls
+        rows: dict[int, dict[int, array]] = defaultdict(dict)
+        for call in calls:
+            call.close()
+            for tensor, state in enumerate(call.states):
+                for piece in state.pieces:
+                    table = rows[piece.page].setdefault(call.index, array("q"))
+                    table.extend(call.row(tensor, state, piece))
+        self.visits = [(page, [(calls[i], table) for i, table in rows[page].items()]) for page in sorted(rows)]
+        self.order = [page for page, _ in self.visits]
+
+    def fits(self, groups: Sequence[dict[str, Any]], state: Any) -> bool:
+        if len(groups) != len(self.group_params):
+            return False
+        for group, params in zip(groups, self.group_params, strict=True):
+            if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
+                return False
+        return all(p.grad is None for p in self.idle) and all(call.renew(state) for call in self.calls)
+
+
+class PagedOptimizer:
+    """Beside a torch.optim.Optimizer in the bases of a class: its state lives in pages.
+
+    A subclass says what state a parameter has (`_fields`, `_first_values`), which of them share a call (`_call`) and how
+    a page is stepped (`_launch`).
+    """
+
+    def _open_pages(self, resident_bytes: int | str | None, spill_dir: str | os.PathLike | None) -> None:
+        self._requested = None if resident_bytes is None else parse_bytes(resident_bytes)
+        self._spill_dir = None if spill_dir is None else os.path.abspath(os.fspath(spill_dir))
+        if self._spill_dir is not None:
+            spill_folder(self._spill_dir)  # an unusable one is an error now, not hours later
+        smallest = FEWEST_PAGES * SMALLEST_PAGE
+        if self._requested is not None and self._requested < smallest:
+            warnings.warn(
+                f"{type(self).__name__}: resident_bytes={self._requested} is less than the minimum working set; "
+                f"{smallest} bytes are used",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._no_pages()
+
+    def _no_pages(self) -> None:
+        self._space: PageSpace | None = None
+        self._plan: StepPlan | None = None
+        self._done: set[int] = set()  # pages of a step that failed on its way
+        self._kept_options: list[dict[str, Any]] = []
+        self._computed: list[tuple[int, int, int]] | None = None
+
+    @property
+    def pages(self) -> PagedMemory | None:
+        """The memory of the state; None before there is any."""
+        return None if self._space is None else self._space.memory
+
+    def _pages_for(self, owners: Sequence[tuple[torch.Tensor, dict[str, Any]]], fields: Sequence[tuple[Field, ...]],
+                   constants: Sequence[dict[str, Any]]) -> list[PagedState]:  # fmt: skip
+        """New states of zeros; all of them, or an error and none."""
+        if self._space is None:
+            budget = self._requested
+            if budget is None:
+                budget = max(available_memory() // 2, FEWEST_PAGES * SMALLEST_PAGE)
+            self._space = PageSpace(PagedMemory(budget, self._spill_dir))
+        places = self._space.place([(p.numel(), f) for (p, _), f in zip(owners, fields, strict=True)])
+        rows = zip(owners, fields, places, constants, strict=True)
+        return [PagedState(self._space, p, f, place, c) for (p, _), f, place, c in rows]
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient; returns what `closure`, if given, returns.
+
+        A SpillError (the disk failed) leaves every page either stepped or not; calling step() again with the same
+        gradients steps the others.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.fits(self.param_groups, self.state):
+            plan = self._make_plan()
+        self._run(plan)
+        self._plan = plan
+        return loss
+
+    def _make_plan(self) -> StepPlan:
+        self._new_states()
+        calls: dict[tuple, Call] = {}
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not isinstance(state, PagedState):
+                    raise TypeError(
+                        f"{type(self).__name__}: the state of a parameter is a {type(state).__name__}, expected pages; "
+                        "set states by load_state_dict"
+                    )
+                grad = p.grad
+                if p.shape != state.shape or not (
+                    p.stride() == state.stride or (p.is_contiguous() and p.numel() == state.numel)
+                ):
+                    raise ValueError(
+                        f"{type(self).__name__}: a parameter has shape {tuple(p.shape)} and strides {p.stride()}, its "
+                        f"state was made for {tuple(state.shape)} and {state.stride}; delete optimizer.state[p] to "
+                        "begin anew"
+                    )
+                if not (grad.is_contiguous() and p.is_contiguous()) and grad.stride() != p.stride():
+                    grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+                key = (number, p.device, *self._kind(p, state))
+                call = calls.get(key)
+                if call is None:
+                    call = calls[key] = self._call(number, len(calls), state)
+                call.params.append(p)
+                call.states.append(state)
+                call.grads.append(grad)
+        return StepPlan(self.param_groups, list(calls.values()))
+
+    def _new_states(self) -> None:
+        """States for parameters that have their first gradient; an error changes nothing."""
+        new = []
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                self._check_gradient(p, f"parameter {i} of group {number}")
+                if not self.state.get(p):
+                    new.append((p, group))
+        if not new:
+            return
+        described = [self._fields(p, group) for p, group in new]
+        states = self._pages_for(new, [f for f, _ in described], [c for _, c in described])
+        for (p, group), state in zip(new, states, strict=True):
+            first = self._first_values(p, group)
+            if first:
+                state.write(first)
+        for (p, _), state in zip(new, states, strict=True):
+            self.state[p] = state
+
+    def _check_gradient(self, p: torch.Tensor, name: str) -> None:
+        title = type(self).__name__
+        if p.grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{title}: the gradient of {name} is sparse ({p.grad.layout}), expected a dense one; use "
+                "nn.Embedding(sparse=False), or torch.optim.SparseAdam for that parameter"
+            )
+        if p.device.type != "cpu":
+            raise ValueError(
+                f"{title}: {name} is on {p.device}, expected the CPU, whose pages spill from RAM to disk; use "
+                f"pyfastpeft.optim.{title.removeprefix('Paged')} there"
+            )
+        if not torch.ops.aten.is_non_overlapping_and_dense(p):
+            raise ValueError(
+                f"{title}: {name} has shape {tuple(p.shape)} and strides {p.stride()}, which leave gaps or overlap; "
+                "make it contiguous: nn.Parameter(p.contiguous())"
+            )
+
+    def _run(self, plan: StepPlan) -> None:
+        # A step that failed goes on with its options, so that the bits are those of one that did not.
+        options, self._kept_options = self._kept_options, []
+        if not self._done or len(options) != len(plan.calls):
+            options = [self._options(call) for call in plan.calls]
+        if not plan.calls or any(o is None for o in options):
+            return  # GradScaler found an infinity
+        for call in plan.calls:
+            call.locate()
+            torch.autograd.graph.increment_version(call.params)
+        memory, computed = self._space.memory, self._computed
+        memory.set_order(plan.order)
+        size, done = memory.page_bytes, self._done
+        try:
+            for page, parts in plan.visits:
+                if page in done:
+                    continue
+                base = memory.acquire(page)
+                try:
+                    begin = time.monotonic_ns() if computed is not None else 0
+                    for call, table in parts:
+                        self._launch(call, table, base, size, options[call.index])
+                    if computed is not None:
+                        computed.append((page, begin, time.monotonic_ns()))
+                finally:
+                    memory.release(page, True)
+                done.add(page)
+        except BaseException:
+            self._kept_options = options
+            raise
+        done.clear()
+
+    # ---- state dicts -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the unpaged optimizer's, with copies of the paged state: it needs memory for all of it."""
+        paged = self.state
+        self.state = defaultdict(dict)
+        try:
+            for p, state in paged.items():
+                self.state[p] = state.read() if isinstance(state, PagedState) else state
+            return super().state_dict()
+        finally:
+            self.state = paged
+
+    def _adopt(self, saved: list[tuple[torch.Tensor, dict[str, Any], Any, dict[str, Any]]]) -> dict[Any, Any]:
+        """Loads a state dict's states into pages, one at a time; the old ones stay until all are there."""
+        state: dict[Any, Any] = defaultdict(dict)
+        for p, group, key, value in saved:
+            values = self._converted(p, group, key, value)
+            if values:
+                state[p] = self._paged(p, group, values)
+        return state
+
+    def _paged(self, p: torch.Tensor, group: dict[str, Any], values: dict[str, Any]) -> PagedState:
+        fields, constants = self._fields(p, group)
+        constants = {key: values[key] for key in constants}
+        (state,) = self._pages_for([(p, group)], [fields], [constants])
+        state.write({field.key: values[field.key] for field in fields})
+        return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        plain = {p: s.read() if isinstance(s, PagedState) else s for p, s in self.state.items()}
+        return {**kept, "state": plain, "paging": (self._requested, self._spill_dir)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "paging" in state:  # a copy, or from a pickle: pages of its own
+            state = dict(state)
+            self._requested, self._spill_dir = state.pop("paging")
+            self._no_pages()
+            groups = {p: group for group in state["param_groups"] for p in group["params"]}
+            plain, state["state"] = state["state"], defaultdict(dict)
+            super().__setstate__(state)
+            for p, values in plain.items():
+                self.state[p] = self._paged(p, groups[p], values) if values and p in groups else values
+            return
+        super().__setstate__(state)
+        self._plan = None
+        self._done.clear()
+
+    # ---- what one can look at ----------------------------------------------------------------------------------------
+
+    def memory_report(self) -> dict[str, Any]:
+        """Where the state is and what moving it has cost. resident + host + spilled = state.
+
+        state_bytes       all of it (the two 1 KiB maps that 8-bit states share are not counted)
+        resident_bytes    of it in memory now; host_bytes is for devices with a memory of their own
+        spilled_bytes     of it on the disk alone
+        budget_bytes      what resident pages may take: whole pages, `requested_bytes` (resident_bytes=; None: half of the
+                          free memory) rounded down to them, or up to `minimum_bytes`
+        pages_in, pages_out, seconds_waited, …    since the beginning: pages read and written, time step() stood still
+        """
+        if self._space is None:
+            return {
+                "state_bytes": 0, "resident_bytes": 0, "host_bytes": 0, "spilled_bytes": 0,
+                "budget_bytes": self._requested, "requested_bytes": self._requested, "pages_in": 0, "pages_out": 0,
+                "seconds_waited": 0.0,
+            }  # fmt: skip
+        memory = self._space.memory
+        total, resident, stats = sum(self._space.live), self._space.resident_bytes(), memory.stats()
+        return {
+            "state_bytes": total, "resident_bytes": resident, "host_bytes": 0, "spilled_bytes": total - resident,
+            "budget_bytes": memory.budget_bytes, "requested_bytes": self._requested,
+            "minimum_bytes": FEWEST_PAGES * memory.page_bytes, "page_bytes": memory.page_bytes,
+            "pages": stats["pages"], "resident_pages": stats["resident_pages"],
+            "peak_resident_bytes": stats["peak_resident_pages"] * memory.page_bytes,
+            "pages_in": stats["pages_in"], "pages_out": stats["pages_out"],
+            "bytes_in": stats["pages_in"] * memory.page_bytes, "bytes_out": stats["pages_out"] * memory.page_bytes,
+            "waits": stats["waits"], "seconds_waited": stats["seconds_waited"],
+            "seconds_reading": stats["seconds_reading"], "seconds_writing": stats["seconds_writing"],
+            "spill_dir": memory.spill_dir, "spill_file_bytes": stats["spill_file_bytes"],
+            "direct_io": stats["direct_io"],
+        }  # fmt: skip
+
+    @contextlib.contextmanager
+    def trace(self, path: str | os.PathLike) -> Iterator[None]:
+        """Writes what moved and what was computed, when, inside the block: a file for chrome://tracing or Perfetto."""
+        self._computed = []
+        if self._space is not None:
+            self._space.memory.record_events(True)
+        try:
+            yield
+        finally:
+            computed, self._computed = self._computed, None
+            events = []
+            if self._space is not None:
+                self._space.memory.record_events(False)
+                events = self._space.memory.events()
+            write_chrome_trace(path, events, computed)

@@ -1,0 +1,115 @@
+"""AdamW with its state in pages: RAM for a budget, a spill file for the rest."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from pyfastpeft._native import _C
+from pyfastpeft.ops._library import DTYPE_CODES
+from pyfastpeft.ops.adamw import standard_maps
+from pyfastpeft.optim.adamw import AdamW
+from pyfastpeft.optim.page_space import SCALE, STEP, Field, PagedState, Piece
+from pyfastpeft.optim.paged import Call, PagedOptimizer
+
+_FP32 = (STEP, Field("exp_avg", torch.float32), Field("exp_avg_sq", torch.float32))
+_8BIT = (
+    STEP,
+    Field("state1", torch.uint8),
+    Field("absmax1", torch.float32, SCALE),
+    Field("state2", torch.uint8),
+    Field("absmax2", torch.float32, SCALE),
+)
+_MASTER = Field("master", torch.float32)
+_BITS8, _HAS_MASTER = 16, 32  # csrc/adamw/adamw_bind.cpp: kinds
+
+
+class _Call(Call):
+    def close(self) -> None:
+        super().close()
+        kind = (_BITS8 if "state1" in self.first_state else 0) | (_HAS_MASTER if "master" in self.first_state else 0)
+        self.kinds = [
+            DTYPE_CODES[p] | DTYPE_CODES[g] << 2 | kind
+            for p, g in zip(self.param_dtypes, self.grad_dtypes, strict=True)
+        ]
+
+    def row(self, tensor: int, state: PagedState, piece: Piece) -> tuple[int, ...]:
+        """adamw_bind.cpp: struct Piece."""
+        at = state.offset
+        return (
+            tensor, self.kinds[tensor], piece.first, piece.n, tensor, at(piece, "step"), at(piece, "exp_avg", "state1"),
+            at(piece, "exp_avg_sq", "state2"), at(piece, "absmax1"), at(piece, "absmax2"), at(piece, "master"),
+        )  # fmt: skip
+
+
+class PagedAdamW(PagedOptimizer, AdamW):
+    """AdamW whose state may be larger than memory; the bits are pyfastpeft.optim.AdamW's, whatever the budget.
+
+    params, lr, … state_bits, and the other options   as AdamW's
+    resident_bytes  memory for the state: a number of bytes, or a text such as "2GB"; None: half of what is free when the
+                    first state is made. Less than the minimum working set (two pages of 64 KiB) is rounded up to it,
+                    with a warning; memory_report() has what is used
+    spill_dir       folder of the spill file; None: $TMPDIR or /var/tmp. The file has no name and mode 0600: nothing of
+                    it is left behind, however the process ends. Its space is taken when states are made, so that a full
+                    disk is a SpillError (an OSError) there, with nothing changed, and not in the middle of training
+
+    A step is one pass over the pages in a fixed order: pages are read ahead and changed ones written back by threads of
+    their own while others are computed; those that fit stay in memory for good. Tensors of any size are paged, small ones
+    side by side. `state[p]` is a mapping that reads and writes the pages: `state[p]["exp_avg"]` is a copy. Parameters
+    must be on the CPU.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        state_bits: int = 32,
+        *,
+        resident_bytes: int | str | None = None,
+        spill_dir: str | os.PathLike | None = None,
+        **options: Any,
+    ) -> None:
+        self._open_pages(resident_bytes, spill_dir)
+        super().__init__(params, lr, betas, eps, weight_decay, state_bits, **options)
+
+    def _fields(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[tuple[Field, ...], dict[str, Any]]:
+        bits8 = self._is_8bit(p, group)
+        fields = (_8BIT if bits8 else _FP32) + ((_MASTER,) if self._has_master(p, group) else ())
+        return fields, dict(zip(("qmap1", "qmap2"), standard_maps(p.device), strict=True)) if bits8 else {}
+
+    def _first_values(self, p: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"master": p.detach()} if self._has_master(p, group) else {}
+
+    def _kind(self, p: torch.Tensor, state: PagedState) -> tuple:
+        return id(state.constants.get("qmap1")), id(state.constants.get("qmap2")), "master" in state
+
+    def _call(self, number: int, index: int, state: PagedState) -> _Call:
+        return _Call(number, index, state)
+
+    def _options(self, call: Call) -> tuple | None:
+        """The binding's last arguments; None where GradScaler found an infinity."""
+        group = self.param_groups[call.group_number]
+        scalars = self._scalars(group, call.params[0].device)
+        if scalars["found_inf"] is not None and scalars["found_inf"].item() != 0:
+            return None
+        lr, scale, seed = scalars["lr"], scalars["grad_scale"], scalars["rounding_seed"]
+        maps = [call.first_state.constants.get(key) for key in ("qmap1", "qmap2")]
+        return (
+            lr.item() if isinstance(lr, torch.Tensor) else lr, scalars["beta1"], scalars["beta2"], scalars["eps"],
+            scalars["weight_decay"], scalars["decoupled"], scalars["maximize"], *maps, seed,
+            1.0 if scale is None else scale.item(),
+        )  # fmt: skip
+
+    def _launch(self, call: Call, table: array, base: int, page_bytes: int, options: tuple) -> None:
+        *scalars, map1, map2, seed, scale = options
+        addresses = (0 if t is None else t.data_ptr() for t in (map1, map2, seed))
+        _C.adamw_page_cpu(
+            table, base, page_bytes, call.param_addresses, call.grad_addresses, call.numels, *scalars, *addresses, scale
+        )

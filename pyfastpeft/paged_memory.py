@@ -130,7 +130,18 @@ class PagedMemory:
             page_bytes=self.page_bytes, resident_bytes=self.budget_bytes, spill_folder=self.spill_dir,
             look_ahead=look_ahead, io_threads=io_threads, direct_io=direct_io,
         )  # fmt: skip
-        for name in ("acquire", "release", "discard", "prefetch", "read", "write", "stats", "resident", "events"):
+        for name in (
+            "acquire",
+            "try_acquire",
+            "release",
+            "discard",
+            "prefetch",
+            "read",
+            "write",
+            "stats",
+            "resident",
+            "events",
+        ):
             setattr(self, name, getattr(self._memory, name))
         self._order: Sequence[int] | None = None
 
@@ -151,16 +162,18 @@ class PagedMemory:
 
 
 def write_chrome_trace(
-    path: str | os.PathLike, events: Iterable[tuple[str, int, int, int, int]], computed: Iterable[tuple[int, int, int]]
+    path: str | os.PathLike,
+    events: Iterable[tuple[str, int, int, int, int]],
+    computed: Iterable[tuple[int, int, int, int]],
 ) -> None:
     """A file for chrome://tracing or ui.perfetto.dev: one row for the computation and its waits, one for each I/O thread.
 
     events    (kind, thread, page, begin, end) of PagedMemory.events(), in ns
-    computed  (page, begin, end)
+    computed  (first page, how many, begin, end)
     """
-    spans = [(kind, thread + 1, page, begin, end) for kind, thread, page, begin, end in events]
-    spans += [("compute", 0, page, begin, end) for page, begin, end in computed]
-    start = min((span[3] for span in spans), default=0)
+    spans = [(kind, thread + 1, page, 1, begin, end) for kind, thread, page, begin, end in events]
+    spans += [("compute", 0, page, count, begin, end) for page, count, begin, end in computed]
+    start = min((span[4] for span in spans), default=0)
     pid = os.getpid()
     rows: list[dict[str, Any]] = [
         {
@@ -169,9 +182,9 @@ def write_chrome_trace(
         }
         for tid in sorted({span[1] for span in spans} | {0})
     ]  # fmt: skip
-    for kind, tid, page, begin, end in sorted(spans, key=lambda span: span[3]):
+    for kind, tid, page, count, begin, end in sorted(spans, key=lambda span: span[4]):
         rows.append({
             "name": kind, "cat": "paging", "ph": "X", "pid": pid, "tid": tid, "ts": (begin - start) / 1e3,
-            "dur": (end - begin) / 1e3, "args": {"page": page},
+            "dur": (end - begin) / 1e3, "args": {"page": page, "pages": count},
         })  # fmt: skip
     Path(path).write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}), encoding="utf-8")

@@ -1,11 +1,14 @@
 // Python's way to AdamW. The lists arrive as arrays of addresses (buffers of 64-bit integers), one entry per tensor;
 // layouts and dtypes are checked by pyfastpeft/ops/adamw.py, here what memory safety rests on.
+#include <pybind11/stl.h>
+
 #include <mutex>
 #include <vector>
 
 #include "adamw/adamw.h"
 #include "common/bind.h"
 #include "common/cuda_device.h"
+#include "common/parallel.h"
 
 namespace pyfastpeft {
 namespace {
@@ -123,25 +126,58 @@ void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads
 
 // A part of a tensor whose state lies in a page: row of a table of 64-bit integers, made by pyfastpeft/optim/paged_adamw.py.
 struct Piece {
-  std::int64_t tensor;  // in the tables of parameters and gradients
-  std::int64_t kind;    // as in read_lists
+  std::int64_t tensor;    // in the tables of parameters and gradients
+  std::int64_t kind;      // as in read_lists
   std::int64_t first, n;  // of the tensor's values, in the order of memory; first is a multiple of 256
-  std::int64_t index;   // of the tensor in the call that stochastic rounding counts
+  std::int64_t index;     // of the tensor in the call that stochastic rounding counts
   std::int64_t step, exp_avg, exp_avg_sq, absmax1, absmax2, master;  // offsets in the page; -1: none
 };
 
-// One page: the pieces of `table` whose state lies in [page, page + page_bytes).
-void adamw_page(const py::buffer& table, Address page, std::int64_t page_bytes, const py::buffer& params,
-                const py::buffer& grads, const py::buffer& numels, double lr, double beta1, double beta2, double eps,
-                double weight_decay, bool decoupled, bool maximize, Address map1, Address map2, Address seed,
-                double grad_scale) {
-  const py::buffer_info rows = table.request(), param_info = params.request(), grad_info = grads.request(),
-                        numel_info = numels.request();
-  constexpr py::ssize_t kWords = sizeof(Piece) / sizeof(std::int64_t);
-  check(rows.ndim == 1 && rows.itemsize == 8 && rows.size % kWords == 0, kOp, ": a table of ", rows.size, " words of ",
-        rows.itemsize, " bytes, expected rows of ", kWords, " of 8");
-  const auto* pieces = static_cast<const Piece*>(rows.ptr);
-  const std::int64_t count = rows.size / kWords, tensor_count = param_info.size;
+// The tensor of piece i of a page, with everything that memory safety rests on checked.
+AdamwTensor tensor_of(const Piece& piece, std::int64_t i, char* page, std::int64_t page_bytes,
+                      std::int64_t tensor_count, const Address* params, const Address* grads,
+                      const std::int64_t* numels, const AdamwOptions& options) {
+  const DType param_dtype = DType(piece.kind & 3), grad_dtype = DType((piece.kind >> 2) & 3);
+  const bool bits8 = piece.kind & 16, master = piece.kind & 32;
+  check(piece.tensor >= 0 && piece.tensor < tensor_count, kOp, ": piece ", i, " is of tensor ", piece.tensor, " of ",
+        tensor_count);
+  const std::int64_t numel = numels[piece.tensor];
+  check(piece.first >= 0 && piece.first % kAdamwBlock == 0 && piece.n >= 0 && piece.first + piece.n <= numel &&
+            int(param_dtype) < 3 && (grad_dtype == param_dtype || grad_dtype == DType::f32),
+        kOp, ": piece ", i, " has values ", piece.first, " to ", piece.first + piece.n, " of ", numel, " and kind ",
+        piece.kind);
+  check(!bits8 || (options.map1 != nullptr && options.map2 != nullptr), kOp, ": piece ", i,
+        " is 8-bit, expected qmap1 and qmap2 with it");
+  const auto at = [&](std::int64_t offset, std::int64_t bytes) {
+    check(offset >= 0 && offset % 4 == 0 && offset <= page_bytes - bytes, kOp, ": piece ", i, " has ", bytes,
+          " bytes at ", offset, " of a page of ", page_bytes);
+    return static_cast<void*>(page + offset);
+  };
+  const std::int64_t scales = (piece.n + kAdamwBlock - 1) / kAdamwBlock * 4, moments = piece.n * (bits8 ? 1 : 4);
+  const auto skip = [&](DType dtype) { return piece.first * (dtype == DType::f32 ? 4 : 2); };
+  return {pointer<char>(params[piece.tensor], numel, kOp, "params") + skip(param_dtype),
+          pointer<const char>(grads[piece.tensor], numel, kOp, "grads") + skip(grad_dtype),
+          at(piece.exp_avg, moments),
+          at(piece.exp_avg_sq, moments),
+          bits8 ? static_cast<float*>(at(piece.absmax1, scales)) : nullptr,
+          bits8 ? static_cast<float*>(at(piece.absmax2, scales)) : nullptr,
+          master ? static_cast<float*>(at(piece.master, piece.n * 4)) : nullptr,
+          static_cast<float*>(at(piece.step, 4)),
+          piece.n,
+          param_dtype,
+          grad_dtype,
+          bits8,
+          piece.first,
+          piece.index};
+}
+
+// Pages: the pieces of tables[i] have their state in [pages[i], pages[i] + page_bytes). At most `threads` threads, 0: all.
+void adamw_pages(const std::vector<py::buffer>& tables, const std::vector<Address>& pages, std::int64_t page_bytes,
+                 int threads, const py::buffer& params, const py::buffer& grads, const py::buffer& numels, double lr,
+                 double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+                 Address map1, Address map2, Address seed, double grad_scale) {
+  const py::buffer_info param_info = params.request(), grad_info = grads.request(), numel_info = numels.request();
+  const std::int64_t tensor_count = param_info.size;
   const auto* p = items<Address>(param_info, tensor_count, "params");
   const auto* g = items<Address>(grad_info, tensor_count, "grads");
   const auto* numel = items<std::int64_t>(numel_info, tensor_count, "numels");
@@ -156,46 +192,21 @@ void adamw_page(const py::buffer& table, Address page, std::int64_t page_bytes, 
                              checked_map(map1, "qmap1"),
                              checked_map(map2, "qmap2"),
                              reinterpret_cast<const std::int64_t*>(seed)};
-  char* base = pointer<char>(page, page_bytes, kOp, "page");
-  std::vector<AdamwTensor> tensors(static_cast<std::size_t>(count));
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Piece& piece = pieces[i];
-    const DType param_dtype = DType(piece.kind & 3), grad_dtype = DType((piece.kind >> 2) & 3);
-    const bool bits8 = piece.kind & 16;
-    check(piece.tensor >= 0 && piece.tensor < tensor_count, kOp, ": piece ", i, " is of tensor ", piece.tensor, " of ",
-          tensor_count);
-    check(piece.first >= 0 && piece.first % kAdamwBlock == 0 && piece.n >= 0 &&
-              piece.first + piece.n <= numel[piece.tensor] && int(param_dtype) < 3 &&
-              (grad_dtype == param_dtype || grad_dtype == DType::f32),
-          kOp, ": piece ", i, " has values ", piece.first, " to ", piece.first + piece.n, " of ", numel[piece.tensor],
-          " and kind ", piece.kind);
-    check(!bits8 || (options.map1 != nullptr && options.map2 != nullptr), kOp, ": piece ", i,
-          " is 8-bit, expected qmap1 and qmap2 with it");
-    const auto at = [&](std::int64_t offset, std::int64_t bytes) {
-      check(offset >= 0 && offset % 4 == 0 && offset <= page_bytes - bytes, kOp, ": piece ", i, " has ", bytes,
-            " bytes at ", offset, " of a page of ", page_bytes);
-      return static_cast<void*>(base + offset);
-    };
-    const std::int64_t absmax_bytes = (piece.n + kAdamwBlock - 1) / kAdamwBlock * 4, moment_bytes = piece.n * (bits8 ? 1 : 4);
-    const std::int64_t param_size = param_dtype == DType::f32 ? 4 : 2, grad_size = grad_dtype == DType::f32 ? 4 : 2;
-    tensors[std::size_t(i)] = {
-        pointer<char>(p[piece.tensor], numel[piece.tensor], kOp, "params") + piece.first * param_size,
-        pointer<const char>(g[piece.tensor], numel[piece.tensor], kOp, "grads") + piece.first * grad_size,
-        at(piece.exp_avg, moment_bytes),
-        at(piece.exp_avg_sq, moment_bytes),
-        bits8 ? static_cast<float*>(at(piece.absmax1, absmax_bytes)) : nullptr,
-        bits8 ? static_cast<float*>(at(piece.absmax2, absmax_bytes)) : nullptr,
-        piece.kind & 32 ? static_cast<float*>(at(piece.master, piece.n * 4)) : nullptr,
-        static_cast<float*>(at(piece.step, 4)),
-        piece.n,
-        param_dtype,
-        grad_dtype,
-        bits8,
-        piece.first,
-        piece.index};
+  check(tables.size() == pages.size(), kOp, ": ", tables.size(), " tables for ", pages.size(), " pages");
+  std::vector<AdamwTensor> tensors;
+  for (std::size_t page = 0; page < pages.size(); ++page) {
+    const py::buffer_info rows = tables[page].request();
+    constexpr py::ssize_t kWords = sizeof(Piece) / sizeof(std::int64_t);
+    check(rows.ndim == 1 && rows.itemsize == 8 && rows.size % kWords == 0, kOp, ": a table of ", rows.size,
+          " words of ", rows.itemsize, " bytes, expected rows of ", kWords, " of 8");
+    const auto* pieces = static_cast<const Piece*>(rows.ptr);
+    char* base = pointer<char>(pages[page], page_bytes, kOp, "page");
+    for (std::int64_t i = 0; i < rows.size / kWords; ++i)
+      tensors.push_back(tensor_of(pieces[i], i, base, page_bytes, tensor_count, p, g, numel, options));
   }
   const py::gil_scoped_release release;
-  adamw_cpu(tensors.data(), count, options);
+  const ThreadLimit limit(threads);
+  adamw_cpu(tensors.data(), std::int64_t(tensors.size()), options);
 }
 
 #if defined(PYFASTPEFT_WITH_CUDA)
@@ -252,7 +263,7 @@ void adamw_on_cuda(std::int64_t count, const py::buffer& params, const py::buffe
 
 void register_adamw(py::module_& m) {
   m.def("adamw_cpu", &adamw);
-  m.def("adamw_page_cpu", &adamw_page);
+  m.def("adamw_pages_cpu", &adamw_pages);
 #if defined(PYFASTPEFT_WITH_CUDA)
   py::class_<Table>(m, "AdamwTable", py::module_local()).def(py::init<>());
   m.def("adamw_table_words", &adamw_table_words);

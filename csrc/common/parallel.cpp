@@ -18,6 +18,16 @@ int max_threads() {
   return g_forked_child || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
 
+ThreadLimit::ThreadLimit(int threads) {
+  if (threads <= 0 || threads >= omp_get_max_threads()) return;
+  former_ = omp_get_max_threads();
+  omp_set_num_threads(threads);  // of this thread alone
+}
+
+ThreadLimit::~ThreadLimit() {
+  if (former_ > 0) omp_set_num_threads(former_);
+}
+
 void parallel_for_raw(std::int64_t n, std::int64_t grain, RangeFunction f, void* context) {
   if (n <= 0) return;
   grain = std::max<std::int64_t>(grain, 1);

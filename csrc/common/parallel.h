@@ -11,6 +11,18 @@ namespace pyfastpeft {
 // forked child (libgomp's pool does not survive a fork).
 int max_threads();
 
+// While it lives, parallel regions of the calling thread use `threads` at most; 0: as without it.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int threads);
+  ~ThreadLimit();
+  ThreadLimit(const ThreadLimit&) = delete;
+  ThreadLimit& operator=(const ThreadLimit&) = delete;
+
+ private:
+  int former_ = 0;  // 0: nothing to put back
+};
+
 // Calls f(begin, end) on contiguous ranges that cover [0, n), one per thread, each but the last at least `grain` long.
 // Exceptions must not leave f. The split depends on the thread count, so f must give every index the same result
 // whatever range it lies in.

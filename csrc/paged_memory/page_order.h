@@ -125,9 +125,9 @@ class PageOrder {
   std::vector<std::int64_t> position_;  // by page; -1: not in the order
   std::vector<std::int64_t> used_;      // by page: when, by clock_
   std::vector<bool> may_go_, is_absent_;
-  std::set<std::int64_t> candidates_, absent_;                   // positions
+  std::set<std::int64_t> candidates_, absent_;              // positions
   std::set<std::pair<std::int64_t, std::int64_t>> others_;  // (used, page) of candidates outside the order
-  std::int64_t cursor_ = 0;                                      // the position expected next
+  std::int64_t cursor_ = 0;                                 // the position expected next
   std::int64_t clock_ = 0;
 };
 

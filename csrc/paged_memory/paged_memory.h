@@ -30,11 +30,11 @@ struct PagedMemoryOptions {
 
 struct PagedMemoryStats {
   std::int64_t pages, frames, page_bytes, resident_pages, dirty_pages, held_pages;
-  std::int64_t pages_in, pages_out;             // read from and written to the spill file
-  std::int64_t acquires, waits;                 // of them waited: not in memory, or being written
+  std::int64_t pages_in, pages_out;  // read from and written to the spill file
+  std::int64_t acquires, waits;      // of them waited: not in memory, or being written
   std::int64_t peak_resident_pages;
-  double seconds_waited;                        // by callers
-  double seconds_reading, seconds_writing;      // by the threads, together
+  double seconds_waited;                    // by callers
+  double seconds_reading, seconds_writing;  // by the threads, together
   std::int64_t spill_file_bytes;
   bool direct_io;
 };
@@ -64,6 +64,7 @@ class PagedMemory {
 
   // Held pages may be held again, by other threads too. Throws std::runtime_error where all of the budget is held.
   void* acquire(std::int64_t page);
+  void* try_acquire(std::int64_t page);  // null where acquire would wait
   void release(std::int64_t page, bool dirty);
 
   // The page's content is no longer needed: it reads as zeros again, and its place is free without a write.

@@ -1,17 +1,17 @@
 // Python's way to paged memory. Addresses are integers; pyfastpeft/paged_memory.py gives them a shape.
-#include "paged_memory/paged_memory.h"
-
 #include <pybind11/stl.h>
 
 #include <cstring>
 
 #include "common/bind.h"
+#include "paged_memory/paged_memory.h"
 
 namespace pyfastpeft {
 namespace {
 
 // Copies between a part of a page and memory outside.
-void copy(PagedMemory& memory, std::int64_t page, std::int64_t offset, Address address, std::int64_t bytes, bool write) {
+void copy(PagedMemory& memory, std::int64_t page, std::int64_t offset, Address address, std::int64_t bytes,
+          bool write) {
   const std::int64_t size = memory.stats().page_bytes;
   check(offset >= 0 && bytes >= 0 && offset <= size - bytes, "paged memory: bytes ", offset, " to ", offset + bytes,
         " of a page of ", size);
@@ -60,7 +60,8 @@ void register_paged_memory(py::module_& m) {
   if (spill_error == nullptr) {
     spill_error = PyErr_NewExceptionWithDoc(
         "pyfastpeft.paged_memory.SpillError",
-        "The spill file could not be made, enlarged, read or written. No content was lost by it.", PyExc_OSError, nullptr);
+        "The spill file could not be made, enlarged, read or written. No content was lost by it.", PyExc_OSError,
+        nullptr);
     if (spill_error == nullptr) throw py::error_already_set();
   }
   m.attr("SpillError") = py::reinterpret_borrow<py::object>(spill_error);
@@ -87,7 +88,9 @@ void register_paged_memory(py::module_& m) {
              const py::gil_scoped_release release;
              memory.set_order(order);
            })
-      .def("acquire", [](PagedMemory& memory, std::int64_t page) { return Address(memory.acquire(page)); }, Release())
+      .def(
+          "acquire", [](PagedMemory& memory, std::int64_t page) { return Address(memory.acquire(page)); }, Release())
+      .def("try_acquire", [](PagedMemory& memory, std::int64_t page) { return Address(memory.try_acquire(page)); })
       .def("release", &PagedMemory::release, Release())
       .def("discard", &PagedMemory::discard, Release())
       .def("prefetch", &PagedMemory::prefetch, Release())

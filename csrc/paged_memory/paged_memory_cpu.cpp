@@ -1,5 +1,3 @@
-#include "paged_memory/paged_memory.h"
-
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,6 +12,7 @@
 
 #include "common/check.h"
 #include "paged_memory/page_order.h"
+#include "paged_memory/paged_memory.h"
 
 namespace pyfastpeft {
 namespace {
@@ -49,14 +48,16 @@ struct Failure {  // of a thread, for the acquire that asked
 // The frames: address space for the whole budget, of which the system provides what is touched.
 class Frames {
  public:
-  Frames(std::int64_t count, std::int64_t page_bytes) : page_bytes_(page_bytes), bytes_(std::size_t(count * page_bytes)) {
+  Frames(std::int64_t count, std::int64_t page_bytes)
+      : page_bytes_(page_bytes), bytes_(std::size_t(count * page_bytes)) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS;
 #if defined(MAP_NORESERVE)
     flags |= MAP_NORESERVE;
 #endif
     memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory_ == MAP_FAILED)
-      throw std::runtime_error(message("paged memory: the system has no ", bytes_, " bytes of address space for "
+      throw std::runtime_error(message("paged memory: the system has no ", bytes_,
+                                       " bytes of address space for "
                                        "resident pages; choose a smaller resident_bytes="));
 #if defined(MADV_HUGEPAGE)
     madvise(memory_, bytes_, MADV_HUGEPAGE);
@@ -239,6 +240,12 @@ struct PagedMemory::Impl {
     });
   }
 
+  void no_longer_wanted(std::int64_t page) {
+    if (!at(page).wanted) return;
+    at(page).wanted = false;
+    wanted.erase(std::find(wanted.begin(), wanted.end(), page));
+  }
+
   void finish_read(std::int64_t page, const Failure& failure) {
     Page& p = at(page);
     if (failure.code == 0) {
@@ -249,6 +256,7 @@ struct PagedMemory::Impl {
     p.frame = -1;
     p.state = Page::kAbsent;
     if (p.waiters > 0) read_failures.push_back({page, failure});
+    no_longer_wanted(page);  // those who wait throw it, and it is not read again at once
     // One that was only read ahead is not tried again before somebody asks for it: it stays out of the absent ones.
     set_ahead(p, false);
   }
@@ -319,6 +327,18 @@ struct PagedMemory::Impl {
     }
   }
 
+  bool ready(std::int64_t page) { return at(page).state == Page::kResident && !at(page).writing; }
+
+  void* hold(std::int64_t page) {
+    Page& p = at(page);
+    ++counts.acquires;
+    if (p.holders++ == 0) ++counts.held_pages;
+    set_ahead(p, false);
+    order.use(page);
+    schedule();
+    return frames.at(p.frame);
+  }
+
   // Throws what a thread met when it read `page` for this caller.
   void throw_read_failure(std::int64_t page) {
     for (std::size_t i = 0; i < read_failures.size(); ++i) {
@@ -347,10 +367,7 @@ struct PagedMemory::Impl {
     const auto leave = [&] {
       Page& p = at(page);
       --p.waiters;
-      if (p.waiters == 0 && p.wanted) {
-        p.wanted = false;
-        wanted.erase(std::find(wanted.begin(), wanted.end(), page));
-      }
+      if (p.waiters == 0) no_longer_wanted(page);
       offer(page);  // no matter where the caller goes on to hold it
       const std::int64_t end = now_ns();
       counts.seconds_waited += double(end - begin) * 1e-9;
@@ -361,7 +378,7 @@ struct PagedMemory::Impl {
       for (;;) {
         Page& p = at(page);
         throw_read_failure(page);
-        if (p.state == Page::kResident && !p.writing) break;
+        if (ready(page)) break;
         if (p.state == Page::kAbsent) {
           if (!p.wanted) {
             p.wanted = true;
@@ -441,14 +458,15 @@ void* PagedMemory::acquire(std::int64_t page) {
   impl_->check_call("acquire");
   std::unique_lock<std::mutex> lock(impl_->mutex);
   impl_->check_page(page);
-  ++impl_->counts.acquires;
-  if (impl_->at(page).state != Page::kResident || impl_->at(page).writing) impl_->wait_for(lock, page);
-  Page& p = impl_->at(page);
-  if (p.holders++ == 0) ++impl_->counts.held_pages;
-  impl_->set_ahead(p, false);
-  impl_->order.use(page);
-  impl_->schedule();
-  return impl_->frames.at(p.frame);
+  if (!impl_->ready(page)) impl_->wait_for(lock, page);
+  return impl_->hold(page);
+}
+
+void* PagedMemory::try_acquire(std::int64_t page) {
+  impl_->check_call("try_acquire");
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->check_page(page);
+  return impl_->ready(page) ? impl_->hold(page) : nullptr;
 }
 
 void PagedMemory::release(std::int64_t page, bool dirty) {

@@ -17,7 +17,8 @@ struct SpillError : std::runtime_error {
 
 class SpillFile {
  public:
-  static constexpr std::int64_t kAlignment = 4096;  // of addresses, offsets and sizes, for transfers past the page cache
+  static constexpr std::int64_t kAlignment =
+      4096;  // of addresses, offsets and sizes, for transfers past the page cache
 
   // direct: past the operating system's page cache, where the file system can; it would hold every byte twice.
   SpillFile(std::string folder, bool direct);

@@ -1,5 +1,3 @@
-#include "paged_memory/spill_file.h"
-
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
@@ -16,6 +14,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "paged_memory/spill_file.h"
 
 namespace pyfastpeft {
 namespace {

@@ -120,7 +120,12 @@ class PagedState(MutableMapping):
     """
 
     def __init__(
-        self, space: PageSpace, p: torch.Tensor, fields: tuple[Field, ...], pieces: list[Piece], constants: dict[str, Any]
+        self,
+        space: PageSpace,
+        p: torch.Tensor,
+        fields: tuple[Field, ...],
+        pieces: list[Piece],
+        constants: dict[str, Any],
     ) -> None:
         self.space, self.fields, self.pieces, self.constants = space, fields, pieces, constants
         self.shape, self.stride, self.device = p.shape, p.stride(), p.device
@@ -139,7 +144,9 @@ class PagedState(MutableMapping):
         self.write({key: value})
 
     def __delitem__(self, key: str) -> None:
-        raise TypeError(f"{key} cannot be taken out of a paged state; delete the state as a whole: del optimizer.state[p]")
+        raise TypeError(
+            f"{key} cannot be taken out of a paged state; delete the state as a whole: del optimizer.state[p]"
+        )
 
     def __iter__(self) -> Iterator[str]:
         yield from self._index

@@ -26,6 +26,8 @@ from pyfastpeft.paged_memory import (
     write_chrome_trace,
 )
 
+_TOGETHER = 8  # pages in one call, where not all fit
+
 
 class Call:
     """Parameters that are stepped alike: of one group, on one device, with states of one kind."""
@@ -96,6 +98,29 @@ class StepPlan:
         return all(p.grad is None for p in self.idle) and all(call.renew(state) for call in self.calls)
 
 
+class _Pace:
+    """How many threads step a page that has just arrived: one, or (0) all of torch's.
+
+    While the disk is what a step waits for, more than one would only meet at barriers and take the cores from the
+    threads that move pages. Where one is what it waits for, all are tried, and kept while steps are quicker with them.
+    """
+
+    RETRY = 64  # steps until what was slower is tried again
+
+    def __init__(self) -> None:
+        self.threads, self.steps, self.taken = 1, 0, {}
+
+    def note(self, nanoseconds: int, waited: int) -> None:
+        self.steps += 1
+        self.taken[self.threads] = nanoseconds
+        if self.threads == 1:
+            computing = waited < nanoseconds // 4
+            untried = 0 not in self.taken or self.steps % self.RETRY == 0
+            self.threads = 0 if computing and (untried or self.taken[0] < nanoseconds) else 1
+        elif self.taken[1] < nanoseconds:
+            self.threads = 1
+
+
 class PagedOptimizer:
     """Beside a torch.optim.Optimizer in the bases of a class: its state lives in pages.
 
@@ -123,7 +148,8 @@ class PagedOptimizer:
         self._plan: StepPlan | None = None
         self._done: set[int] = set()  # pages of a step that failed on its way
         self._kept_options: list[dict[str, Any]] = []
-        self._computed: list[tuple[int, int, int]] | None = None
+        self._computed: list[tuple[int, int, int, int]] | None = None
+        self._pace = _Pace()
 
     @property
     def pages(self) -> PagedMemory | None:
@@ -244,27 +270,52 @@ class PagedOptimizer:
         for call in plan.calls:
             call.locate()
             torch.autograd.graph.increment_version(call.params)
-        memory, computed = self._space.memory, self._computed
+        memory = self._space.memory
         memory.set_order(plan.order)
-        size, done = memory.page_bytes, self._done
+        done = self._done
+        visits = [visit for visit in plan.visits if visit[0] not in done] if done else plan.visits
         try:
-            for page, parts in plan.visits:
-                if page in done:
-                    continue
-                base = memory.acquire(page)
-                try:
-                    begin = time.monotonic_ns() if computed is not None else 0
-                    for call, table in parts:
-                        self._launch(call, table, base, size, options[call.index])
-                    if computed is not None:
-                        computed.append((page, begin, time.monotonic_ns()))
-                finally:
-                    memory.release(page, True)
-                done.add(page)
+            self._pass(visits, options, memory)
         except BaseException:
             self._kept_options = options
             raise
         done.clear()
+
+    def _pass(self, visits: list, options: list, memory: PagedMemory) -> None:
+        """Steps the pages in order: as many at once as are in memory, the others one by one as they arrive."""
+        frames = memory.budget_bytes // memory.page_bytes
+        fits = len(self._space.live) <= frames
+        most = len(visits) if fits else max(min(frames // 4, _TOGETHER), 1)
+        begin, waited, at = time.monotonic_ns(), 0, 0
+        while at < len(visits):
+            before = time.monotonic_ns()
+            held = [(visits[at][0], memory.acquire(visits[at][0]))]
+            start = time.monotonic_ns()
+            waited += start - before
+            try:
+                for page, _ in visits[at + 1 : at + most]:
+                    base = memory.try_acquire(page)
+                    if not base:
+                        break
+                    held.append((page, base))
+                together: dict[int, tuple[Call, list, list]] = {}
+                for (_, base), (_, parts) in zip(held, visits[at : at + len(held)], strict=True):
+                    for call, table in parts:
+                        _, tables, bases = together.setdefault(call.index, (call, [], []))
+                        tables.append(table)
+                        bases.append(base)
+                threads = 0 if fits or len(held) >= _TOGETHER else self._pace.threads
+                for call, tables, bases in together.values():
+                    self._launch(call, tables, bases, memory.page_bytes, threads, options[call.index])
+                if self._computed is not None:
+                    self._computed.append((held[0][0], len(held), start, time.monotonic_ns()))
+            finally:
+                for page, _ in held:
+                    memory.release(page, True)
+            self._done.update(page for page, _ in held)
+            at += len(held)
+        if not fits:
+            self._pace.note(time.monotonic_ns() - begin, waited)
 
     # ---- state dicts -------------------------------------------------------------------------------------------------
 

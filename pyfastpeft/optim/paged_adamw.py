@@ -107,9 +107,12 @@ class PagedAdamW(PagedOptimizer, AdamW):
             1.0 if scale is None else scale.item(),
         )  # fmt: skip
 
-    def _launch(self, call: Call, table: array, base: int, page_bytes: int, options: tuple) -> None:
+    def _launch(
+        self, call: Call, tables: list[array], pages: list[int], page_bytes: int, threads: int, options: tuple
+    ) -> None:
         *scalars, map1, map2, seed, scale = options
         addresses = (0 if t is None else t.data_ptr() for t in (map1, map2, seed))
-        _C.adamw_page_cpu(
-            table, base, page_bytes, call.param_addresses, call.grad_addresses, call.numels, *scalars, *addresses, scale
-        )
+        _C.adamw_pages_cpu(
+            tables, pages, page_bytes, threads, call.param_addresses, call.grad_addresses, call.numels, *scalars,
+            *addresses, scale,
+        )  # fmt: skip

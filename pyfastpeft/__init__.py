@@ -2,7 +2,7 @@
 
 from pyfastpeft import nn, ops, optim
 from pyfastpeft.build_info import build_info
-from pyfastpeft.methods import BitFitConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
+from pyfastpeft.methods import AdaLoraConfig, BitFitConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
 from pyfastpeft.nn.load_quantized import load_quantized_state_dict
 from pyfastpeft.peft_model import (
     PeftModel,
@@ -19,6 +19,7 @@ from pyfastpeft.quantize_model import dequantize_model, quantize_model
 from pyfastpeft.quantized_tensor import QuantizedTensor
 
 __all__ = [
+    "AdaLoraConfig",
     "BitFitConfig",
     "IA3Config",
     "LoraConfig",

@@ -25,7 +25,29 @@ class AdaptedModel(nn.Module):
         self.active_adapters: list[str] = []
 
     def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
+        """The model's output. In training a method's penalty (AdaLoRA's) is added to a loss that the output has."""
+        output = self.model(*args, **kwargs)
+        if self.training and isinstance(getattr(output, "loss", None), torch.Tensor):
+            penalty = self.penalty()
+            if penalty is not None:
+                output.loss = output.loss + penalty.to(output.loss.device)
+        return output
+
+    def penalty(self) -> torch.Tensor | None:
+        """What the active adapters' methods add to the loss in training; None: nothing. forward() adds it to a loss that
+        the model computes; a loss computed outside needs it added there."""
+        terms = []
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            terms.append(method_for(config.peft_type).penalty(self.model, config, name))
+        terms = [term for term in terms if term is not None]
+        return sum(terms[1:], start=terms[0]) if terms else None
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's allocation by hand, after backward() and before zero_grad(), as in PEFT. From the first call on
+        nothing is allocated by itself any more."""
+        for name in self.active_adapters:
+            method_for(self.peft_config[name].peft_type).update_and_allocate(self.model, name, global_step)
 
     def __getattr__(self, name: str):
         try:

@@ -14,6 +14,7 @@ from torch import nn
 from pyfastpeft import checkpoint
 from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
+from pyfastpeft.methods.registry import method_for
 from pyfastpeft.nn import as_base_linear
 
 _HUB_KEYWORDS = frozenset("revision token cache_dir force_download local_files_only proxies".split())
@@ -186,6 +187,7 @@ class PeftModel(nn.Module):
                 tensors = {key: state_dict[gathered[id(tensor)]] for key, tensor in tensors.items()}
             config = self.peft_config[name].copy()
             config.inference_mode = True
+            tensors = method_for(config.peft_type).to_file(tensors, config)
             model = self.get_base_model()
             kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
             checkpoint.write_adapter(
@@ -382,6 +384,7 @@ def _load(adapted, model_id, name, is_trainable, config, fp32, subfolder, hub_kw
         live |= extra
         # PEFT with bias="all" adds the inner biases of a saved head to its file, which the head has already
         found = {k: t for k, t in found.items() if ".original_module." not in k and ".modules_to_save." not in k}
+        found = method_for(config.peft_type).from_file(found, live, config)
         checkpoint.check_tensors(os.fspath(model_id), found, live)
         checkpoint.warn_not_finite(os.fspath(model_id), found)
         checkpoint.copy_tensors(found, live)

@@ -1,8 +1,9 @@
 """The fine-tuning methods: one folder each, all listed in registry.py."""
 
+from pyfastpeft.methods.adalora import AdaLoraConfig
 from pyfastpeft.methods.base import PeftConfig, PeftType, TaskType
 from pyfastpeft.methods.bitfit import BitFitConfig
 from pyfastpeft.methods.ia3 import IA3Config
 from pyfastpeft.methods.lora import LoraConfig
 
-__all__ = ["BitFitConfig", "IA3Config", "LoraConfig", "PeftConfig", "PeftType", "TaskType"]
+__all__ = ["AdaLoraConfig", "BitFitConfig", "IA3Config", "LoraConfig", "PeftConfig", "PeftType", "TaskType"]

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -287,6 +287,23 @@ class Method:
         strict   an entry of target_modules that matches nothing is an error rather than a warning
         """
         raise NotImplementedError
+
+    def penalty(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> torch.Tensor | None:
+        """What the method adds to the loss in training, or None."""
+        return None
+
+    def update_and_allocate(self, model: nn.Module, adapter_name: str, step: int) -> None:
+        """What the method does by hand after optimizer step `step`, before the gradients are dropped."""
+
+    def to_file(self, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> Mapping[str, torch.Tensor]:
+        """What a file holds of tensors(); config is the one that goes into the file and may be changed."""
+        return tensors
+
+    def from_file(
+        self, found: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor], config: PeftConfig
+    ) -> Mapping[str, torch.Tensor]:
+        """A file's tensors in the shapes of tensors(), where the file may hold a part of them; not checked yet."""
+        return found
 
     def tensors(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:
         """The adapter's live tensors by their keys in the file: saving reads them, loading writes into them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -48,3 +49,23 @@ def check_flags(config: Any, *fields: str) -> None:
     for field in fields:
         if not isinstance(getattr(config, field), bool):
             raise TypeError(f"{type(config).__name__}: {field} is {getattr(config, field)!r}, expected True or False")
+
+
+def check_integers(config: Any, low: int, **values: Any) -> None:
+    """Named values that must be integers of at least `low`."""
+    owner, kind = type(config).__name__, "a positive integer" if low == 1 else f"an integer of at least {low}"
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} is {value!r}, expected an integer")
+        if value < low:
+            raise ValueError(f"{owner}: {name} is {value}, expected {kind}")
+
+
+def check_finite(config: Any, **values: Any) -> None:
+    """Named values that must be finite numbers."""
+    owner = type(config).__name__
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} is {value!r}, expected a number")
+        if not math.isfinite(value):
+            raise ValueError(f"{owner}: {name} is {value}, expected a finite number")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pyfastpeft.methods.adalora import AdaLoraMethod
 from pyfastpeft.methods.base import Method, PeftConfig, PeftType
 from pyfastpeft.methods.bitfit import BitFitMethod
 from pyfastpeft.methods.ia3 import IA3Method
 from pyfastpeft.methods.lora import LoraMethod
 
 _METHODS = [
+    AdaLoraMethod(),
     BitFitMethod(),
     IA3Method(),
     LoraMethod(),

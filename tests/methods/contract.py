@@ -34,6 +34,9 @@ class Contract:
 
 
 CONTRACTS = {
+    PeftType.ADALORA: Contract(
+        lambda kind: {"init_r": 4, "target_r": 2, "total_step": 20, "tinit": 2}, peft="AdaLoraConfig"
+    ),
     PeftType.BITFIT: Contract(lambda kind: {"train_norms": True}, exact_merge=True),
     PeftType.IA3: Contract(peft="IA3Config"),
     PeftType.LORA: Contract(lambda kind: {"target_modules": "all-linear", "r": 4}, peft="LoraConfig"),

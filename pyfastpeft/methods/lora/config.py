@@ -8,7 +8,15 @@ import re
 from typing import Any
 
 from pyfastpeft.methods.base import PeftConfig, PeftType
-from pyfastpeft.methods.checks import check_flags, check_names, check_pattern, check_strings, names_to_set
+from pyfastpeft.methods.checks import (
+    check_finite,
+    check_flags,
+    check_integers,
+    check_names,
+    check_pattern,
+    check_strings,
+    names_to_set,
+)
 
 BIAS_MODES = ("none", "all", "lora_only")
 
@@ -117,29 +125,26 @@ class LoraConfig(PeftConfig):
                 value = None
             if value != default and not (value is None and not default):
                 raise NotImplementedError(
-                    f"{type(self).__name__}: {field.name}={value!r} is not supported yet, only {default!r}; leave the field out"
+                    f"{type(self).__name__}: {field.name}={value!r} is not supported yet, only {default!r}; leave the "
+                    "field out"
                 )
         init = self.init_lora_weights
         if not isinstance(init, bool) and not (isinstance(init, str) and init.lower() == "gaussian"):
             raise NotImplementedError(
-                f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False and 'gaussian'"
+                f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False and "
+                "'gaussian'"
             )
 
+    def _check_ranks(self) -> None:
+        check_integers(self, 1, r=self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()})
+
     def _check_numbers(self) -> None:
-        for name, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
-            if not isinstance(rank, int) or isinstance(rank, bool):
-                raise TypeError(f"{type(self).__name__}: {name} is {rank!r}, expected an integer")
-            if rank <= 0:
-                raise ValueError(f"{type(self).__name__}: {name} is {rank}, expected a positive integer")
+        self._check_ranks()
         alphas = (
             ("lora_alpha", self.lora_alpha),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         )
-        for name, alpha in (*alphas, ("lora_dropout", self.lora_dropout)):
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-                raise TypeError(f"{type(self).__name__}: {name} is {alpha!r}, expected a number")
-            if not math.isfinite(alpha):
-                raise ValueError(f"{type(self).__name__}: {name} is {alpha}, expected a finite number")
+        check_finite(self, **dict(alphas), lora_dropout=self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"{type(self).__name__}: lora_dropout is {self.lora_dropout}, expected 0 <= p < 1")
         if self.bias not in BIAS_MODES:

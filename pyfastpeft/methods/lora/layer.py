@@ -75,28 +75,30 @@ class LoraLinear(MethodLayer):
         """x [..., K] -> y [..., N] in the dtype the base gives."""
         if not self.active or not self.enabled or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
-        base = self.base
-        if len(self.active) == 1:
-            (name,) = self.active
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            return base.forward_lora(x, a, b, self.scaling[name], self._dropout_p(name))
-        dropping = [name for name in self.active if self._dropout_p(name) > 0.0]
+        base, active = self.base, self.active
+        if len(active) == 1:
+            return base.forward_lora(x, *self.factors(active[0]), self._dropout_p(active[0]))
+        dropping = [name for name in active if self._dropout_p(name) > 0.0]
         if not dropping:
             return self._forward_together(base, x)
         # every adapter drops inputs of its own; only the first one fits into the fused op
-        first, *others = self.active
-        a, b = self.lora_A[first].weight, self.lora_B[first].weight
-        y = base.forward_lora(x, a, b, self.scaling[first], self._dropout_p(first))
-        for name in others:
-            a, b = (weight.to(x.dtype) for weight in (self.lora_A[name].weight, self.lora_B[name].weight))
+        y = base.forward_lora(x, *self.factors(active[0]), self._dropout_p(active[0]))
+        for name in active[1:]:
+            a, b, scaling = self.factors(name)
             dropped = nn.functional.dropout(x, self._dropout_p(name))
-            y = y + (nn.functional.linear(nn.functional.linear(dropped, a), b) * self.scaling[name]).to(y.dtype)
+            update = nn.functional.linear(nn.functional.linear(dropped, a.to(x.dtype)), b.to(x.dtype))
+            y = y + (update * scaling).to(y.dtype)
         return y
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """(A [R, K], B [N, R], s) of an adapter's update s · B A, with their history for autograd."""
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
     def _forward_together(self, base, x: torch.Tensor) -> torch.Tensor:
         """Several adapters as one of the summed rank: A = [A₁; A₂], B = [s₁ B₁, s₂ B₂], so x is read once."""
-        a = torch.cat([self.lora_A[name].weight for name in self.active])
-        b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in self.active], dim=1)
+        factors = [self.factors(name) for name in self.active]
+        a = torch.cat([a for a, _, _ in factors])
+        b = torch.cat([b * scaling for _, b, scaling in factors], dim=1)
         return base.forward_lora(x, a, b, 1.0, 0.0)
 
     def _dropout_p(self, name: str) -> float:
@@ -105,9 +107,9 @@ class LoraLinear(MethodLayer):
 
     def get_delta_weight(self, name: str) -> torch.Tensor:
         """s · B A [N, K], in fp32 (fp64 for fp64 adapters)."""
-        a, b = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
+        a, b, scaling = self.factors(name)
         wide = torch.promote_types(a.dtype, torch.float32)
-        return (b.to(wide) @ a.to(wide)) * self.scaling[name]
+        return (b.detach().to(wide) @ a.detach().to(wide)) * scaling
 
     def merged_weights(self, names: Iterable[str]) -> tuple[torch.Tensor, None]:
         """W + Σ s · B A, summed in fp32 and not yet rounded to what the base stores."""

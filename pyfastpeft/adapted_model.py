@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pyfastpeft.inject import remove_hollow_holders, tied_targets
-from pyfastpeft.methods.base import AdapterHolder, MethodLayer, PeftConfig, adapter_holders, replace_module
+from pyfastpeft.methods.base import AdapterHolder, MethodLayer, PeftConfig, adapter_holders
 from pyfastpeft.methods.registry import method_for
 from pyfastpeft.quantize_model import dequantize_model
 
@@ -206,6 +206,8 @@ class AdaptedModel(nn.Module):
     ) -> dict[str, float]:
         """Merges; returns {path: relative error} of the layers that had to be quantised again."""
         names = self.active_adapters if names is None else [self.check_known(name) for name in names]
+        for _, holder in self.holders():
+            holder.check_mergeable(names)
         layers = self.layers()
         for path, layer in layers:
             try:
@@ -269,7 +271,7 @@ class AdaptedModel(nn.Module):
 
     def _unwrap(self, merged: bool) -> nn.Module:
         for _, holder in self.holders():
-            replace_module(self.model, holder, holder.result_module() if merged else holder.bare_module())
+            holder.leave(self.model, merged)
         return self.model
 
 

@@ -24,6 +24,7 @@ from pyfastpeft.methods.base import KEY_PREFIX, AdapterHolder, PeftConfig, bare_
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
+RESUME_NAME = "prompt_encoder.safetensors"  # ours: what a prompt method needs to go on training
 CARD_NAME = "README.md"
 
 
@@ -48,27 +49,40 @@ def write_adapter(
     safe_serialization: bool = True,
     auto_mapping: dict | None = None,
     card: str | None = None,
+    resume: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes weights, config and (where there is none yet) the model card of one adapter into a folder.
 
+    resume   further tensors that training needs to go on, for a file of their own
+
     Raises OSError when the folder cannot be written or the disk is full; the former checkpoint is then untouched.
     """
-    tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-    storages: set[int] = set()
-    for key, tensor in tensors.items():  # safetensors refuses tensors that share memory
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
-            tensors[key] = tensor.clone()
-        storages.add(tensors[key].untyped_storage().data_ptr())
+    tensors = _separate(tensors)
     if safe_serialization:
         name, other, writer = SAFETENSORS_NAME, BIN_NAME, _safetensors_writer(tensors)
     else:
         name, other, writer = BIN_NAME, SAFETENSORS_NAME, lambda path: torch.save(tensors, path)
     files = {name: writer, CONFIG_NAME: _bytes_writer(config_json(config, auto_mapping))}
+    if resume:
+        files[RESUME_NAME] = _safetensors_writer(_separate(resume))
     if card is not None and not os.path.exists(os.path.join(directory, CARD_NAME)):
         files[CARD_NAME] = _bytes_writer(card.encode())
     write_files(directory, files)
-    with contextlib.suppress(FileNotFoundError):  # weights of the other kind would be read in place of these
-        os.unlink(os.path.join(directory, other))
+    for stale in (other, RESUME_NAME):  # weights of the other kind would be read in place of these
+        if stale not in files:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, stale))
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, contiguous, each with memory of its own: safetensors refuses tensors that share it."""
+    tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
+            tensors[key] = tensor.clone()
+        storages.add(tensors[key].untyped_storage().data_ptr())
+    return tensors
 
 
 def write_files(directory: str | os.PathLike, files: Mapping[str, Callable[[str], None]]) -> None:
@@ -168,7 +182,25 @@ def read_tensors(model_id: str | os.PathLike, subfolder: str | None = None, **hu
 
     Raises ValueError, naming the file, when it is truncated, tampered with, or holds anything but tensors.
     """
-    path = _find(model_id, (SAFETENSORS_NAME, BIN_NAME), subfolder, hub_kwargs)
+    return _read_file(_find(model_id, (SAFETENSORS_NAME, BIN_NAME), subfolder, hub_kwargs))
+
+
+def read_resume(model_id: str | os.PathLike, subfolder: str | None = None, **hub_kwargs) -> dict[str, torch.Tensor]:
+    """The tensors of prompt_encoder.safetensors; none where there is no such file (PEFT writes none)."""
+    folder = os.path.join(model_id, subfolder) if subfolder else os.fspath(model_id)
+    if os.path.isdir(model_id):
+        path = os.path.join(folder, RESUME_NAME)
+        return _read_file(path) if os.path.isfile(path) else {}
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _read_file(hf_hub_download(os.fspath(model_id), RESUME_NAME, subfolder=subfolder, **hub_kwargs))
+    except EntryNotFoundError:
+        return {}
+
+
+def _read_file(path: str) -> dict[str, torch.Tensor]:
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file

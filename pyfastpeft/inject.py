@@ -17,7 +17,6 @@ from pyfastpeft.methods.base import (
     adapter_holders,
     bare_modules,
     named_by,
-    replace_module,
 )
 from pyfastpeft.nn import as_base_linear
 from pyfastpeft.saved_modules import HEAD_NAMES, saved_module_names
@@ -211,4 +210,4 @@ def remove_hollow_holders(model: nn.Module) -> None:
     """Puts the bare module back wherever a holder has no adapter left."""
     for _, holder in list(adapter_holders(model)):
         if not holder.held_adapters():
-            replace_module(model, holder, holder.bare_module())
+            holder.leave(model)

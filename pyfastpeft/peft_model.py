@@ -180,15 +180,19 @@ class PeftModel(nn.Module):
             return
         gathered = {id(t): k for k, t in self.state_dict(keep_vars=True).items()} if state_dict is not None else {}
         for name in names:
-            tensors = self.base_model.tensors(name)
+            config, model = self.peft_config[name].copy(), self.get_base_model()
+            method = method_for(config.peft_type)
+            tensors = method.file_tensors(model, config, name)
             if save_embedding_layers is True or (save_embedding_layers == "auto" and self._vocabulary_resized()):
-                tensors = checkpoint.embedding_tensors(self.get_base_model()) | tensors
-            if state_dict is not None:
-                tensors = {key: state_dict[gathered[id(tensor)]] for key, tensor in tensors.items()}
-            config = self.peft_config[name].copy()
+                tensors = checkpoint.embedding_tensors(model) | tensors
+            resume = method.resume_tensors(model, config, name)
+            if state_dict is not None:  # what is not in it was computed from the live values
+                tensors, resume = (
+                    {key: state_dict[gathered[id(t)]] if id(t) in gathered else t for key, t in group.items()}
+                    for group in (tensors, resume)
+                )
             config.inference_mode = True
-            tensors = method_for(config.peft_type).to_file(tensors, config)
-            model = self.get_base_model()
+            tensors = method.to_file(tensors, config)
             kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
             checkpoint.write_adapter(
                 save_directory if name == "default" else os.path.join(save_directory, name),
@@ -197,6 +201,7 @@ class PeftModel(nn.Module):
                 safe_serialization=safe_serialization,
                 auto_mapping=kind if config.task_type is None else None,
                 card=checkpoint.model_card(config),
+                resume=resume,
             )
 
     @classmethod
@@ -372,6 +377,7 @@ def _load(adapted, model_id, name, is_trainable, config, fp32, subfolder, hub_kw
     if config is None:
         config = checkpoint.read_config(model_id, subfolder, **hub_kwargs)
     found = checkpoint.read_tensors(model_id, subfolder, **hub_kwargs)
+    resume = checkpoint.read_resume(model_id, subfolder, **hub_kwargs) if config.is_prompt_learning else {}
     config = config.copy()
     config.inference_mode = not is_trainable
     exists = name in adapted.peft_config
@@ -379,15 +385,17 @@ def _load(adapted, model_id, name, is_trainable, config, fp32, subfolder, hub_kw
     if not exists:
         adapted.add_adapter(name, config, fp32=fp32, init=False, strict=False)
     try:
-        live = adapted.tensors(name)
+        method, resolved = method_for(config.peft_type), adapted.peft_config[name]
+        live = method.loading_tensors(adapted.model, resolved, name, resume)
         extra = {k: t for k, t in checkpoint.embedding_tensors(adapted.model).items() if k in found and k not in live}
         live |= extra
         # PEFT with bias="all" adds the inner biases of a saved head to its file, which the head has already
         found = {k: t for k, t in found.items() if ".original_module." not in k and ".modules_to_save." not in k}
-        found = method_for(config.peft_type).from_file(found, live, config)
+        found = method.from_file(found, live, config)
         checkpoint.check_tensors(os.fspath(model_id), found, live)
         checkpoint.warn_not_finite(os.fspath(model_id), found)
         checkpoint.copy_tensors(found, live)
+        method.finish_loading(adapted.model, resolved, name, live, resume)
     except BaseException:
         if not exists:
             adapted.delete_adapter(name)

@@ -163,6 +163,13 @@ class AdapterHolder(nn.Module):
         """The module to keep once adapters are merged: bare_module(), unless an active adapter replaces it."""
         return self.bare_module()
 
+    def leave(self, model: nn.Module, merged: bool = False) -> None:
+        """Takes itself out of the model: bare_module(), or result_module() once adapters are merged, takes its place."""
+        replace_module(model, self, self.result_module() if merged else self.bare_module())
+
+    def check_mergeable(self, names: Iterable[str]) -> None:
+        """Raises ValueError if one of the adapters is here and cannot become part of the weights."""
+
     def activate(self, names: Iterable[str], trainable: bool) -> None:
         """Makes those of `names` that are here the active ones; requires_grad for them alone, and only if trainable."""
         held = self.held_adapters()
@@ -312,6 +319,30 @@ class Method:
             for path, holder in adapter_holders(model)
             for suffix, tensor in holder.adapter_tensors(adapter_name).items()
         }
+
+    def file_tensors(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What adapter_model.safetensors holds, where that is not tensors() (virtual tokens as an encoder gives them)."""
+        return self.tensors(model, config, adapter_name)
+
+    def resume_tensors(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        """What training needs to go on and PEFT's file has no place for; written to a file of its own."""
+        return {}
+
+    def loading_tensors(
+        self, model: nn.Module, config: PeftConfig, adapter_name: str, resume: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Where the values of a file go, by its keys. Raises ValueError if `resume`, a resume_tensors(), does not fit."""
+        return self.tensors(model, config, adapter_name)
+
+    def finish_loading(
+        self,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        live: dict[str, torch.Tensor],
+        resume: dict[str, torch.Tensor],
+    ) -> None:
+        """Called when the values are in loading_tensors()."""
 
 
 def adapter_holders(model: nn.Module) -> Iterator[tuple[str, AdapterHolder]]:

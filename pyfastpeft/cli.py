@@ -143,7 +143,14 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, _option("Recompute activations: less memory, more time.", TRAINING, "--gradient-checkpointing")
     ] = False,
-    optimizer: Annotated[str, _option("adamw (32-bit state) or adamw8bit.", TRAINING)] = "adamw",
+    optimizer: Annotated[
+        str,
+        _option("adamw (32-bit state) or adamw8bit; paged_adamw or paged_adamw8bit: state beyond memory.", TRAINING),
+    ] = "adamw",
+    optimizer_memory: Annotated[
+        _Text, _option('Memory for a paged optimizer\'s state, such as "2GB" (default: half of the free).', TRAINING)
+    ] = None,
+    spill_dir: Annotated[_Text, _option("Folder for what of that state does not fit, on a disk.", TRAINING)] = None,
     weight_decay: Annotated[float, _option("Decoupled weight decay.", TRAINING)] = 0.0,
     max_grad_norm: Annotated[float, _option("Clip the gradients' norm to this; 0: never.", TRAINING)] = 1.0,
     dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", TRAINING)] = "auto",

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pyfastpeft._native import _C
 
 SpillError = _C.SpillError
@@ -18,6 +20,7 @@ SpillError = _C.SpillError
 ALIGNMENT = 4096
 SMALLEST_PAGE, LARGEST_PAGE = 64 << 10, 8 << 20
 FEWEST_PAGES = 2  # in memory: the one in use, and one on its way
+_SMALLEST_MAPPED = 1 << 20
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", 1):
     _UNITS |= {_letter: 1024**_i, f"{_letter}B": 1000**_i, f"{_letter}IB": 1024**_i}
@@ -159,6 +162,23 @@ class PagedMemory:
     def record_events(self, on: bool) -> None:
         """Begins (forgetting the earlier ones) or ends to note every read, write and wait."""
         self._memory.record_events(on)
+
+
+def mapped_tensor(folder: str, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty(n, dtype=dtype), in a file without a name in `folder` where it is large; SpillError without room."""
+    nbytes = n * dtype.itemsize
+    if nbytes < _SMALLEST_MAPPED:
+        return torch.empty(n, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile(prefix=".pyfastpeft-spill-", dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=n, dtype=dtype)
+    except OSError as error:
+        raise SpillError(
+            error.errno,
+            f"paged memory: no room for a copy of {nbytes / 2**20:.1f} MiB in {folder}: {error.strerror}; free some "
+            "space there, or choose another folder with spill_dir=",
+        ) from error
 
 
 def write_chrome_trace(

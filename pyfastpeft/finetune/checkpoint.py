@@ -6,18 +6,17 @@ executed when it is read: the optimizer state is loaded with torch's weights-onl
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from pyfastpeft.finetune.errors import OutputError
-from pyfastpeft.finetune.files import new_folder, read_json, reason, write_bytes, write_json
+from pyfastpeft.finetune.files import new_folder, read_json, reason, write_json, write_stream
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
@@ -54,11 +53,8 @@ def save_checkpoint(
     try:
         with new_folder(target, f"the checkpoint of step {state.step}", replace=True) as folder:
             save_adapter(str(folder))
-            buffer = (
-                io.BytesIO()
-            )  # torch.save to a full disk fails with a message about zip positions, bytes with the reason
-            torch.save({"optimizer": optimizer.state_dict(), "names": names, "scaler": scaler}, buffer)
-            write_bytes(folder / OPTIMIZER, buffer.getvalue())
+            content = {"optimizer": optimizer.state_dict(), "names": names, "scaler": scaler}
+            write_stream(folder / OPTIMIZER, lambda file: _save(content, file))
             write_json(folder / STATE, asdict(state))
     except OutputError as error:
         earlier = list_checkpoints(output)
@@ -71,6 +67,34 @@ def save_checkpoint(
     for old in list_checkpoints(output)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)  # a leftover costs space only
     return target
+
+
+class _Writer:
+    """A file for torch.save, which reports a full disk by a position in a zip file: this one knows the reason."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save as it goes: a paged optimizer's state may be larger than memory."""
+    writer = _Writer(file)
+    try:
+        torch.save(content, writer)
+    except Exception:
+        if writer.error is not None:
+            raise writer.error from None
+        raise
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -113,7 +137,8 @@ def load_optimizer(
     """Puts the saved state into `optimizer`; returns the loss scaler's state. OutputError where it does not fit."""
     path = checkpoint / OPTIMIZER
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        # mapped: what a paged optimizer takes over need not be in memory as a whole
+        saved = torch.load(path, map_location=device, weights_only=True, mmap=device.type == "cpu")
         saved_names, state, scaler = saved["names"], saved["optimizer"], saved["scaler"]
     except Exception as error:  # a truncated or tampered file: zip, pickle and key errors
         raise OutputError(f"{path} cannot be read: {reason(error).splitlines()[0]}; use another checkpoint") from error

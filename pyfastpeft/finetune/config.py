@@ -12,7 +12,7 @@ from pyfastpeft.finetune.errors import ConfigError
 
 METHODS = ("qlora", "lora")
 SCHEDULES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_SEQUENCE_LENGTH = 512
@@ -22,7 +22,7 @@ DEFAULT_SEQUENCE_LENGTH = 512
 FREE_ON_RESUME = frozenset(
     {
         "data", "eval_data", "output", "resume", "resume_from", "overwrite",
-        "save_every", "eval_every", "keep_last", "log_seconds", "threads",
+        "save_every", "eval_every", "keep_last", "log_seconds", "threads", "optimizer_memory", "spill_dir",
     }
 )  # fmt: skip
 
@@ -58,7 +58,10 @@ class FinetuneConfig:
     resume, resume_from     go on from the newest checkpoint of `output` (from the start where there is none);
                             or from that checkpoint folder
     overwrite               an earlier run in `output` is replaced
-    optimizer, weight_decay, max_grad_norm    pyfastpeft.optim.AdamW with 32- or 8-bit state; 0 = no clipping
+    optimizer, weight_decay, max_grad_norm    pyfastpeft.optim.AdamW ("adamw", "adamw8bit") or PagedAdamW
+                            ("paged_adamw", "paged_adamw8bit"), with 32- or 8-bit state; 0 = no clipping
+    optimizer_memory, spill_dir     of a paged optimizer: memory for its state ("2GB"; None: half of what is free), and
+                            the folder for the rest of it
     device, threads         "auto", "cpu", "cuda", "cuda:1"; torch's CPU threads
     log_seconds             seconds between plain progress lines where there is no terminal
     """
@@ -99,6 +102,8 @@ class FinetuneConfig:
     resume_from: str | None = None
     overwrite: bool = False
     optimizer: str = "adamw"
+    optimizer_memory: str | None = None
+    spill_dir: str | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     device: str = "auto"
@@ -139,10 +144,25 @@ class FinetuneConfig:
         _require(
             bool(self.target_modules.strip()), "target_modules", "module names or 'all-linear'", self.target_modules
         )
+        self._validate_paging()
         if self.resume_from is not None and self.overwrite:
             raise ConfigError("resume_from and overwrite exclude each other: one goes on, the other starts again")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: one goes on, the other starts again")
+
+    def _validate_paging(self) -> None:
+        from pyfastpeft.paged_memory import parse_bytes
+
+        for name in ("optimizer_memory", "spill_dir"):
+            if getattr(self, name) is not None and not self.optimizer.startswith("paged_"):
+                _require(False, name, "none without --optimizer paged_adamw or paged_adamw8bit", getattr(self, name))
+        if self.optimizer_memory is not None:
+            try:
+                parse_bytes(self.optimizer_memory)
+            except ValueError:
+                _require(False, "optimizer_memory", "a number of bytes, such as 2GB or 512MiB", self.optimizer_memory)
+        if self.spill_dir is not None:
+            _require(Path(self.spill_dir).is_dir(), "spill_dir", "a folder", self.spill_dir)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values, in the order they are documented."""

@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pyfastpeft.finetune.errors import OutputError
 
@@ -19,10 +19,15 @@ TEMPORARY = ".tmp-"  # how the name of an unfinished file or folder begins
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`, atomically."""
+    write_stream(path, lambda file: file.write(data))
+
+
+def write_stream(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+    """Replaces `path` by what fill(file) writes, atomically."""
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.name, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

@@ -120,6 +120,8 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         plot = output.path / PLOT
         draw_losses(plot, metrics.rows, f"{config.method} on {Path(config.data).name}, rank {config.rank}")
     state = output.state
+    if config.optimizer.startswith("paged_"):
+        note(_paging_note(optimizer.memory_report()))
     if state.skipped_steps:
         note(f"{state.skipped_steps} steps were skipped because float16 gradients overflowed; the scale adapts to that")
     result = FinetuneResult(
@@ -195,10 +197,27 @@ def _load_data(config: FinetuneConfig, tokenizer: Any, length: int) -> _Data:
 
 
 def _optimizer(config: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    from pyfastpeft.optim import AdamW
+    from pyfastpeft.optim import AdamW, PagedAdamW
 
-    bits = 8 if config.optimizer == "adamw8bit" else 32
-    return AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, state_bits=bits)
+    options = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "state_bits": 8 if config.optimizer.endswith("8bit") else 32,
+    }
+    if not config.optimizer.startswith("paged_"):
+        return AdamW(parameters, **options)
+    return PagedAdamW(parameters, resident_bytes=config.optimizer_memory, spill_dir=config.spill_dir, **options)
+
+
+def _paging_note(report: dict[str, Any]) -> str:
+    state, budget, spilled = (report[key] or 0 for key in ("state_bytes", "budget_bytes", "spilled_bytes"))
+    text = f"optimizer state: {state / 2**20:,.1f} MiB in pages, of which up to {budget / 2**20:,.1f} MiB in memory"
+    if not spilled:
+        return text
+    return (
+        f"{text}; {spilled / 2**20:,.1f} MiB are in {report['spill_dir']}: {report['bytes_in'] / 2**20:,.0f} MiB read, "
+        f"{report['bytes_out'] / 2**20:,.0f} MiB written, {report['seconds_waited']:.1f} s waited for them"
+    )
 
 
 def _introduce(

@@ -169,12 +169,12 @@ class PagedState(MutableMapping):
         """Where the first of `keys` that this state has begins in the piece; -1: it has none."""
         return next((piece.offsets[self._index[key]] for key in keys if key in self._index), -1)
 
-    def read(self, keys: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Copies of these keys (all of them, and the constants), in one pass over the pages."""
+    def read(self, keys: Sequence[str] | None = None, new: Any = torch.empty) -> dict[str, torch.Tensor]:
+        """Copies of these keys (all of them, and the constants), in one pass over the pages; new(n, dtype=) makes them."""
         wanted = [f for f in self.fields if keys is None or f.key in keys]
         if keys is not None and len(wanted) != len(keys):
             raise KeyError(next(key for key in keys if key not in self._index))
-        found = {field.key: self._like(field) for field in wanted}
+        found = {field.key: self._like(field, new) for field in wanted}
         # every piece counts the same steps: one of them knows
         pieces = self.pieces[:1] if all(f.per == COUNTER for f in wanted) else self.pieces
         self._move(found, pieces, self.space.memory.read)
@@ -192,9 +192,9 @@ class PagedState(MutableMapping):
             placed[key] = like.copy_(value)
         self._move(placed, self.pieces, self.space.memory.write)
 
-    def _like(self, field: Field) -> torch.Tensor:
+    def _like(self, field: Field, new: Any = torch.empty) -> torch.Tensor:
         if field.per == VALUE:
-            return torch.empty_strided(self.shape, self.stride, dtype=field.dtype)
+            return new(self.numel, dtype=field.dtype).as_strided(self.shape, self.stride)
         return torch.empty(() if field.per == COUNTER else (_count(field, self.numel),), dtype=field.dtype)
 
     def _move(self, tensors: dict[str, torch.Tensor], pieces: Sequence[Piece], move: Any) -> None:

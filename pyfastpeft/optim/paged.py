@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 import warnings
@@ -21,6 +22,7 @@ from pyfastpeft.paged_memory import (
     SMALLEST_PAGE,
     PagedMemory,
     available_memory,
+    mapped_tensor,
     parse_bytes,
     spill_folder,
     write_chrome_trace,
@@ -320,12 +322,19 @@ class PagedOptimizer:
     # ---- state dicts -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As the unpaged optimizer's, with copies of the paged state: it needs memory for all of it."""
+        """As the unpaged optimizer's, with copies of the state.
+
+        Where the state exceeds its budget, the copies are mapped files without a name in spill_dir, which the system
+        drops from memory when it needs it: a state larger than memory can be saved. Raises SpillError where the disk
+        has no room for them.
+        """
         paged = self.state
+        spills = self._space is not None and self._space.memory.stats()["spill_file_bytes"] > 0
+        new = functools.partial(mapped_tensor, self._space.memory.spill_dir) if spills else torch.empty
         self.state = defaultdict(dict)
         try:
             for p, state in paged.items():
-                self.state[p] = state.read() if isinstance(state, PagedState) else state
+                self.state[p] = state.read(new=new) if isinstance(state, PagedState) else state
             return super().state_dict()
         finally:
             self.state = paged

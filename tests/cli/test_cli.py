@@ -60,7 +60,7 @@ def test_finetune_generate_merge(train, tiny_model, tmp_path):
     )
 
 
-def test_every_option_reaches_the_config(tiny_model, monkeypatch):
+def test_every_option_reaches_the_config(tiny_model, monkeypatch, tmp_path):
     """Each field of FinetuneConfig is an option of the same name, default and effect."""
     import pyfastpeft.finetune
 
@@ -79,8 +79,9 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch):
         "schedule": "linear", "warmup_steps": 4, "warmup_ratio": 0.5, "min_lr_ratio": 0.1, "epochs": 2.5, "max_steps": 9,
         "batch_size": 7, "gradient_accumulation": 6, "sequence_length": 99, "packing": False, "gradient_checkpointing": True,
         "dtype": "float16", "seed": 8, "eval_data": "e", "eval_fraction": 0.2, "eval_every": 11, "save_every": 12,
-        "keep_last": 13, "resume": True, "resume_from": "r", "optimizer": "adamw8bit", "weight_decay": 0.3,
-        "max_grad_norm": 0.7, "device": "cpu", "threads": 2, "log_seconds": 3.5,
+        "keep_last": 13, "resume": True, "resume_from": "r", "optimizer": "paged_adamw8bit", "weight_decay": 0.3,
+        "max_grad_norm": 0.7, "device": "cpu", "threads": 2, "log_seconds": 3.5, "optimizer_memory": "2GB",
+        "spill_dir": str(tmp_path),
     }  # fmt: skip
     fields = set(FinetuneConfig("m", "d", "o").to_dict())
     assert set(values) | {"model", "data", "output", "overwrite"} == fields
@@ -102,6 +103,12 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch):
     [
         (["--lr", "-1"], 2, "--learning-rate: expected a number above 0, got -1.0"),
         (["--rank", "0"], 2, "--rank: expected a whole number of at least 1, got 0"),
+        (["--spill-dir", "/"], 2, "--spill-dir: expected none without --optimizer paged_adamw or paged_adamw8bit"),
+        (
+            ["--optimizer", "paged_adamw", "--optimizer-memory", "much"],
+            2,
+            "--optimizer-memory: expected a number of bytes",
+        ),
         (["--schedule", "zigzag"], 2, "--schedule: expected one of cosine, linear, constant, got 'zigzag'"),
         (["--sequence-length", "65"], 2, "--sequence-length: expected at most 64"),
         (["--data", "nowhere.txt"], 1, "nowhere.txt does not exist"),

@@ -44,6 +44,8 @@ from pyfastpeft.finetune.schedule import learning_rate_at
         ("save_every", -5),
         ("keep_last", 0),
         ("optimizer", "sgd"),
+        ("optimizer_memory", "2GB"),  # of a paged one alone
+        ("spill_dir", "/"),
         ("weight_decay", -0.1),
         ("max_grad_norm", -1),
         ("threads", 0),

@@ -98,11 +98,12 @@ def test_adapter_loads_in_peft_with_the_same_loss(make_config, tiny_model):
     [
         {},
         {"optimizer": "adamw8bit", "rank": 64},  # 8-bit state starts at 4096 values
+        {"optimizer": "paged_adamw", "rank": 64, "optimizer_memory": "200KB"},
         {"max_steps": None, "epochs": 2.0, "batch_size": 3, "schedule": "linear", "save_every": 3},
         {"method": "lora", "dtype": "bfloat16", "gradient_checkpointing": True, "packing": False},
         {"method": "lora", "dtype": "float16"},
     ],
-    ids=["plain", "8bit", "epochs", "bf16-checkpointing-padded", "fp16-scaled"],
+    ids=["plain", "8bit", "paged", "epochs", "bf16-checkpointing-padded", "fp16-scaled"],
 )
 def test_resumed_run_is_the_same_run_bit_for_bit(make_config, uninterrupted, monkeypatch, options):
     whole = uninterrupted(**options)
@@ -351,12 +352,22 @@ def test_optimizer_file_is_never_executed(make_config, tmp_path):
 @pytest.mark.parametrize("where", ["adapter", "optimizer", "state"])
 def test_full_disk_keeps_the_previous_checkpoint(make_config, monkeypatch, where):
     full = OSError(errno.ENOSPC, "No space left on device")
-    original_bytes, original_json, saves = checkpoint.write_bytes, checkpoint.write_json, []
+    original_save_state, original_json, saves = checkpoint._save, checkpoint.write_json, []
 
-    def write_bytes(path, data):
-        if where == "optimizer" and len(saves) == 2:
-            raise full
-        original_bytes(path, data)
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if self.file.tell() + len(data) > 4096:
+                raise full
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    def save_state(content, file):
+        original_save_state(content, Full(file) if where == "optimizer" and len(saves) == 2 else file)
 
     def write_json(path, value):
         if where == "state" and len(saves) == 2:
@@ -376,7 +387,7 @@ def test_full_disk_keeps_the_previous_checkpoint(make_config, monkeypatch, where
         return original_save(*args, save_adapter=save, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_bytes", write_bytes)
+        patch.setattr(checkpoint, "_save", save_state)
         patch.setattr(checkpoint, "write_json", write_json)
         patch.setattr(loop, "save_checkpoint", counting)
         with pytest.raises(OutputError) as error:

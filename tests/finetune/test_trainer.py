@@ -11,11 +11,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
-def train(tiny_model, tmp_path, *, quantise, optimizers=(None, None), **arguments):
+def train(tiny_model, tmp_path, *, quantise, optimizers=(None, None), rank=4, trainer=None, **arguments):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     if quantise:
         pf.quantize_model(model, compute_dtype=torch.float32)
-    config = pf.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = pf.LoraConfig(r=rank, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(0)
     model = pf.get_peft_model(model, config)
     if callable(optimizers[0]):
@@ -35,7 +35,9 @@ def train(tiny_model, tmp_path, *, quantise, optimizers=(None, None), **argument
         disable_tqdm=True,
         **({"save_strategy": "no"} | arguments),
     )
-    trainer = transformers.Trainer(model=model, args=settings, train_dataset=rows, optimizers=optimizers)
+    trainer = transformers.Trainer(
+        model=model, args=settings, train_dataset=rows, optimizers=optimizers, **(trainer or {})
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -80,3 +82,27 @@ def test_saved_adapter_loads(tiny_model, tmp_path):
     again = pf.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     ids = torch.arange(3, 35).reshape(1, 32)
     torch.testing.assert_close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_a_paged_optimizer(tiny_model, tmp_path):
+    """Handed over as an object, or as a class with its arguments: the losses are AdamW's, with most of the state on disk."""
+    import os
+
+    losses = []
+    for cls, options in (
+        (pf.optim.AdamW, {}),
+        (pf.optim.PagedAdamW, {"resident_bytes": 131072, "spill_dir": tmp_path}),
+    ):
+        made = []
+
+        def optimizer(model, cls=cls, options=options, made=made):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            made.append(cls(parameters, lr=2e-2, **options))
+            return made[0]
+
+        losses.append(train(tiny_model, tmp_path / "run", quantise=True, rank=64, optimizers=(optimizer, None))[1])
+    by_class = {"optimizer_cls_and_kwargs": (pf.optim.PagedAdamW, {"lr": 2e-2, "resident_bytes": "131072"})}
+    losses.append(train(tiny_model, tmp_path / "run", quantise=True, rank=64, trainer=by_class, weight_decay=0.01)[1])
+    assert losses[0] == losses[1] == losses[2]
+    report = made[0].memory_report()
+    assert report["spilled_bytes"] > report["resident_bytes"] > 0 and "run" in os.listdir(tmp_path)

@@ -268,6 +268,28 @@ def test_state_dicts_go_between_budgets_and_optimizers(tmp_path, bits):
     assert paged.memory_report()["peak_resident_bytes"] <= paged.memory_report()["budget_bytes"]
 
 
+def test_a_state_larger_than_memory_can_be_saved(tmp_path):
+    """Its copies are files without a name: the system may drop their pages, which it could not do with a heap's."""
+    a, b = _params(shapes=[(600_000,), (1000, 500)]), _params(shapes=[(600_000,), (1000, 500)])
+    plain = pf.optim.AdamW(a)
+    paged = pf.optim.PagedAdamW(b, resident_bytes="1MB", spill_dir=tmp_path)
+    for params, optimizer in ((a, plain), (b, paged)):
+        _step(params, optimizer, 0)
+    saved = paged.state_dict()
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(mapped) == 4 and os.listdir(tmp_path) == []
+    torch.save(saved, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
+    for key, state in plain.state_dict()["state"].items():
+        assert all(torch.equal(value, loaded["state"][key][name]) for name, value in state.items())
+    paged.load_state_dict(loaded)
+    del saved, loaded
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    for params, optimizer in ((a, plain), (b, paged)):
+        _step(params, optimizer, 1)
+    _same(a, b, plain, paged)
+
+
 def test_interchange_with_torch(tmp_path):
     a, b, c = _params(), _params(), _params()
     theirs = torch.optim.AdamW(a, lr=1e-2, foreach=False)

@@ -214,7 +214,7 @@ class AdaptedModel(nn.Module):
                 layer.check_merge(names, safe)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-        self._untie(layers)
+        self.untie(layers)
         errors = {}
         for path, layer in _progress(layers, "merging", progressbar):
             quantized = layer.merges_weight and layer.base.is_quantized and dtype is None
@@ -232,7 +232,8 @@ class AdaptedModel(nn.Module):
             )
         return errors
 
-    def _untie(self, layers: list[tuple[str, MethodLayer]]) -> None:
+    def untie(self, layers: list[tuple[str, MethodLayer]]) -> None:
+        """Gives layers whose weight is another module's too a weight of their own, before it is written."""
         for path, other in tied_targets(self.model, {path: layer for path, layer in layers if layer.merges_weight}):
             base = self.model.get_submodule(path).base_layer
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)

@@ -24,7 +24,6 @@ from pyfastpeft.methods.base import KEY_PREFIX, AdapterHolder, PeftConfig, bare_
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
-RESUME_NAME = "prompt_encoder.safetensors"  # ours: what a prompt method needs to go on training
 CARD_NAME = "README.md"
 
 
@@ -50,10 +49,11 @@ def write_adapter(
     auto_mapping: dict | None = None,
     card: str | None = None,
     resume: Mapping[str, torch.Tensor] | None = None,
+    resume_name: str | None = None,
 ) -> None:
     """Writes weights, config and (where there is none yet) the model card of one adapter into a folder.
 
-    resume   further tensors that training needs to go on, for a file of their own
+    resume   further tensors, for a file of their own, resume_name; without any a former file of that name goes
 
     Raises OSError when the folder cannot be written or the disk is full; the former checkpoint is then untouched.
     """
@@ -64,12 +64,12 @@ def write_adapter(
         name, other, writer = BIN_NAME, SAFETENSORS_NAME, lambda path: torch.save(tensors, path)
     files = {name: writer, CONFIG_NAME: _bytes_writer(config_json(config, auto_mapping))}
     if resume:
-        files[RESUME_NAME] = _safetensors_writer(_separate(resume))
+        files[resume_name] = _safetensors_writer(_separate(resume))
     if card is not None and not os.path.exists(os.path.join(directory, CARD_NAME)):
         files[CARD_NAME] = _bytes_writer(card.encode())
     write_files(directory, files)
-    for stale in (other, RESUME_NAME):  # weights of the other kind would be read in place of these
-        if stale not in files:
+    for stale in (other, resume_name):  # weights of the other kind would be read in place of these
+        if stale is not None and stale not in files:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(directory, stale))
 
@@ -185,17 +185,21 @@ def read_tensors(model_id: str | os.PathLike, subfolder: str | None = None, **hu
     return _read_file(_find(model_id, (SAFETENSORS_NAME, BIN_NAME), subfolder, hub_kwargs))
 
 
-def read_resume(model_id: str | os.PathLike, subfolder: str | None = None, **hub_kwargs) -> dict[str, torch.Tensor]:
-    """The tensors of prompt_encoder.safetensors; none where there is no such file (PEFT writes none)."""
+def read_resume(
+    model_id: str | os.PathLike, name: str | None, subfolder: str | None = None, **hub_kwargs
+) -> dict[str, torch.Tensor]:
+    """The tensors of the file `name`; none where there is no such file (PEFT writes none)."""
+    if name is None:
+        return {}
     folder = os.path.join(model_id, subfolder) if subfolder else os.fspath(model_id)
     if os.path.isdir(model_id):
-        path = os.path.join(folder, RESUME_NAME)
+        path = os.path.join(folder, name)
         return _read_file(path) if os.path.isfile(path) else {}
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return _read_file(hf_hub_download(os.fspath(model_id), RESUME_NAME, subfolder=subfolder, **hub_kwargs))
+        return _read_file(hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub_kwargs))
     except EntryNotFoundError:
         return {}
 

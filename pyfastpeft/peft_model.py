@@ -202,6 +202,7 @@ class PeftModel(nn.Module):
                 auto_mapping=kind if config.task_type is None else None,
                 card=checkpoint.model_card(config),
                 resume=resume,
+                resume_name=method.resume_name,
             )
 
     @classmethod
@@ -377,7 +378,8 @@ def _load(adapted, model_id, name, is_trainable, config, fp32, subfolder, hub_kw
     if config is None:
         config = checkpoint.read_config(model_id, subfolder, **hub_kwargs)
     found = checkpoint.read_tensors(model_id, subfolder, **hub_kwargs)
-    resume = checkpoint.read_resume(model_id, subfolder, **hub_kwargs) if config.is_prompt_learning else {}
+    method = method_for(config.peft_type)
+    resume = checkpoint.read_resume(model_id, method.resume_name, subfolder, **hub_kwargs)
     config = config.copy()
     config.inference_mode = not is_trainable
     exists = name in adapted.peft_config
@@ -385,7 +387,7 @@ def _load(adapted, model_id, name, is_trainable, config, fp32, subfolder, hub_kw
     if not exists:
         adapted.add_adapter(name, config, fp32=fp32, init=False, strict=False)
     try:
-        method, resolved = method_for(config.peft_type), adapted.peft_config[name]
+        resolved = adapted.peft_config[name]
         live = method.loading_tensors(adapted.model, resolved, name, resume)
         extra = {k: t for k, t in checkpoint.embedding_tensors(adapted.model).items() if k in found and k not in live}
         live |= extra

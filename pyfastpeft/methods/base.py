@@ -189,6 +189,7 @@ class MethodLayer(AdapterHolder):
         self.base_layer = base_layer
         self._view = as_base_linear(base_layer)
         self.merged_adapters: tuple[str, ...] = ()
+        self.base_changed = False  # by ReLoRA: the adapter's file alone does not make this layer any more
         self._snapshot: Any = None
 
     @property
@@ -281,6 +282,7 @@ class Method:
 
     peft_type: PeftType
     config_class: type[PeftConfig]
+    resume_name: str | None = None  # the file of resume_tensors()
 
     def inject(
         self, model: nn.Module, config: PeftConfig, adapter_name: str, *, fp32: bool, init: bool, strict: bool

@@ -56,6 +56,8 @@ class AdaLoraLinear(LoraLinear):
         super().activate(names, trainable)
         self.active = tuple(name for name in self.active if self.r[name] > 0)  # one of rank 0 adds nothing
 
+    reinitialise = None  # its singular values cannot start again: ReLoRA is LoRA's
+
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.lora_A[name] * self.lora_E[name], self.lora_B[name], self.scaling[name]
 

@@ -19,6 +19,7 @@ class AdaLoraMethod(LayerMethod):
     peft_type = PeftType.ADALORA
     config_class = AdaLoraConfig
     layer_class = AdaLoraLinear
+    resume_name = "adalora_state.safetensors"  # where the allocation stands
 
     def fill_targets(self, model: nn.Module, config: AdaLoraConfig, strict: bool) -> None:
         if config.target_modules is None:
@@ -52,8 +53,8 @@ class AdaLoraMethod(LayerMethod):
         return config.orth_reg_weight * sum(norm.to(norms[0].device) for norm in norms) / len(norms)
 
     def update_and_allocate(self, model: nn.Module, adapter_name: str, step: int) -> None:
-        layers = adalora_layers(model, adapter_name)
-        for allocator in {id(a): a for a in (layer.allocators[adapter_name] for layer in layers.values())}.values():
+        allocator = _allocator(model, adapter_name)
+        if allocator is not None:
             allocator.update_and_allocate(step)
 
     def to_file(self, tensors: Mapping[str, torch.Tensor], config: AdaLoraConfig) -> dict[str, torch.Tensor]:
@@ -82,6 +83,49 @@ class AdaLoraMethod(LayerMethod):
             whole = torch.zeros(shape) if key.endswith("lora_E") else torch.randn(shape) * 0.02
             found[key] = whole.to(file.dtype).index_copy(dim, kept.nonzero()[:, 0], file)
         return found
+
+    def resume_tensors(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        """While ranks are being allocated: all triplets, the averages of their importance, and the step."""
+        allocator = _allocator(model, adapter_name)
+        if allocator is None or not allocator.averages:
+            return {}
+        tensors: dict[str, torch.Tensor] = {"step": torch.tensor(allocator.step)}
+        for key, parameter in allocator.parameters().items():
+            tensors[key] = parameter
+            if key in allocator.averages:
+                tensors[f"{key}.mean"], tensors[f"{key}.uncertainty"] = allocator.averages[key]
+        return tensors
+
+    def loading_tensors(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str, resume) -> dict:
+        live = self.tensors(model, config, adapter_name)
+        if resume and not config.inference_mode:
+            parameters = _allocator(model, adapter_name).parameters()
+            shapes = {key: tensor.shape for key, tensor in resume.items() if key != "step"}
+            averages = ("", ".mean", ".uncertainty")
+            expected = {f"{key}{average}": p.shape for key, p in parameters.items() for average in averages}
+            if "step" not in resume or shapes != expected:
+                raise ValueError(
+                    f"{self.resume_name} does not fit the model, nothing was loaded; without that file the adapter loads "
+                    "with the triplets that were kept"
+                )
+        return live
+
+    def finish_loading(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str, live, resume) -> None:
+        """For training: everything is where it was. What is loaded for inference holds the kept triplets only."""
+        if not resume or config.inference_mode:
+            return
+        allocator = _allocator(model, adapter_name)
+        allocator.step = int(resume["step"])
+        with torch.no_grad():
+            for key, parameter in allocator.parameters().items():
+                parameter.copy_(resume[key])
+                pair = (resume[f"{key}.mean"], resume[f"{key}.uncertainty"])
+                allocator.averages[key] = tuple(each.to(parameter.device, copy=True) for each in pair)
+
+
+def _allocator(model: nn.Module, adapter_name: str) -> RankAllocator | None:
+    layers = adalora_layers(model, adapter_name).values()
+    return next((layer.allocators[adapter_name] for layer in layers if adapter_name in layer.allocators), None)
 
 
 def _kept(tensors: Mapping[str, torch.Tensor], config: AdaLoraConfig):

@@ -101,6 +101,12 @@ class LoraLinear(MethodLayer):
         b = torch.cat([b * scaling for _, b, scaling in factors], dim=1)
         return base.forward_lora(x, a, b, 1.0, 0.0)
 
+    @torch.no_grad()
+    def reinitialise(self, name: str) -> None:
+        """A is drawn anew and B = 0, in place; the weights they made are someone else's affair (ReLoRA merges them)."""
+        a, b = draw_weights(self.in_features, self.out_features, self.r[name], True)
+        self.lora_A[name].weight.copy_(a), self.lora_B[name].weight.copy_(b)
+
     def _dropout_p(self, name: str) -> float:
         dropout = self.lora_dropout[name]
         return dropout.p if dropout.training else 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import nn
 
-from pyfastpeft.methods.base import PeftType
+from pyfastpeft.methods.base import PeftType, bare_modules
 from pyfastpeft.methods.layer_method import LayerMethod
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.layer import LoraLinear
@@ -17,6 +18,7 @@ class LoraMethod(LayerMethod):
     peft_type = PeftType.LORA
     config_class = LoraConfig
     layer_class = LoraLinear
+    resume_name = "base_weights.safetensors"  # what ReLoRA has merged into the base
 
     def fill_targets(self, model: nn.Module, config: LoraConfig, strict: bool) -> None:
         if config.target_modules is None:
@@ -25,3 +27,58 @@ class LoraMethod(LayerMethod):
     def check_targets(self, config: LoraConfig, targets: dict[str, nn.Module], strict: bool) -> None:
         for name, keys in config.unused_patterns(list(targets)).items():
             warnings.warn(f"LoraConfig: {name} has {keys}, which match none of the adapted layers", stacklevel=3)
+
+    def resume_tensors(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The weights of the layers whose base ReLoRA has changed, as their state dicts have them."""
+        tensors = {}
+        for path, layer in self._layers(model, adapter_name).items():
+            if layer.base_changed:
+                tensors |= {f"{path}.{key}": tensor for key, tensor in _weight_state(layer.base_layer).items()}
+        if tensors:
+            warnings.warn(
+                f"the base's weights were changed by ReLoRA and are saved in {self.resume_name}; pyfastpeft reads it, "
+                "Hugging Face PEFT does not: for PEFT save merge_and_unload() as a model",
+                stacklevel=3,
+            )
+        return tensors
+
+    def loading_tensors(self, model: nn.Module, config: LoraConfig, adapter_name: str, resume) -> dict:
+        layers, problems = self._layers(model, adapter_name), []
+        for path in _paths(resume):
+            expected = _weight_state(layers[path].base_layer) if path in layers else {}
+            if _shapes(expected) != _shapes(_below(resume, path)):
+                problems.append(path)
+        if problems:
+            raise ValueError(
+                f"{self.resume_name} does not fit the model, nothing was loaded: {len(problems)} layers differ (first: "
+                f"{problems[0]}). Is it the base model, quantised the same way, that the adapter was trained on?"
+            )
+        return self.tensors(model, config, adapter_name)
+
+    def finish_loading(self, model: nn.Module, config: LoraConfig, adapter_name: str, live, resume) -> None:
+        layers = self._layers(model, adapter_name)
+        for path in _paths(resume):
+            layers[path].base_layer.load_state_dict(_below(resume, path), strict=False)
+            layers[path].base_changed = True
+
+    def _layers(self, model: nn.Module, adapter_name: str) -> dict[str, LoraLinear]:
+        holders = ((path, m) for path, m in bare_modules(model) if isinstance(m, self.layer_class))
+        return {path: layer for path, layer in holders if adapter_name in layer.held_adapters()}
+
+
+def _weight_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weight's part of a linear module's state dict; of a 4-bit one with its statistics."""
+    return {k: t for k, t in module.state_dict(keep_vars=True).items() if k == "weight" or k.startswith("weight.")}
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size | None]:
+    """Of all but the text of a 4-bit weight's statistics, whose length differs with its numbers."""
+    return {key: None if ".quant_state." in key else tensor.shape for key, tensor in state.items()}
+
+
+def _paths(resume: dict[str, torch.Tensor]) -> list[str]:
+    return [key.removesuffix(".weight") for key in resume if key.endswith(".weight")]
+
+
+def _below(resume: dict[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(f"{path}."): t for k, t in resume.items() if k.startswith(f"{path}.weight")}

@@ -21,13 +21,22 @@ struct Nf4Matrix {
 void nf4_dequantize_tile_cpu(const Nf4Matrix& w, std::int64_t row, std::int64_t rows, std::int64_t col,
                              std::int64_t cols, DType out_dtype, void* out);
 
-// Each output is one fp32 dot product of decoded fp32 weights (scaled, never rounded to 16 bits), plus bias, rounded
-// once. Each is summed in one order whatever M and the number of threads: a token's result does not depend on its batch.
+// The low-rank path's part of y: S [M, R] = scaling · drop(x) · Aᵀ, made before (lora_shrink_cpu), and B.
+struct Nf4LowRank {
+  const float* s;  // [M, R]
+  const float* b;  // [N, R]
+  std::int64_t R;  // 0: none
+};
+
+// y = x·Wᵀ + S·Bᵀ + bias: each output is one fp32 sum, rounded once, added up in one order whatever M and the number of
+// threads: a token's result does not depend on its batch. Weights are scaled in fp32; where x is bf16 and the processor
+// multiplies bf16 (AVX-512 BF16) they are then rounded to it once, as nf4_dequantize_cpu would, else they stay fp32.
 void nf4_matvec_cpu(const Nf4Matrix& w,
-                    const void* x,      // [M, K] of `dtype`, row-major
-                    std::int64_t M,     // meant for small M: W is decoded once, in fp32
-                    const float* bias,  // [N] or null
-                    DType dtype,        // of x and y
-                    void* y);           // [M, N], overwritten
+                    const void* x,          // [M, K] of `dtype`, row-major
+                    std::int64_t M,         //
+                    const float* bias,      // [N] or null
+                    const Nf4LowRank& low,  //
+                    DType dtype,            // of x and y
+                    void* y);               // [M, N], overwritten
 
 }  // namespace pyfastpeft

@@ -44,17 +44,24 @@ void dequantize_tile(const PackedWeight& w, std::int64_t row, std::int64_t rows,
 }
 
 void matvec(const PackedWeight& w, Address x, std::int64_t x_numel, std::int64_t M, Address bias,
-            std::int64_t bias_numel, int dtype, Address y, std::int64_t y_numel) {
+            std::int64_t bias_numel, Address s, std::int64_t s_numel, Address b, std::int64_t b_numel, std::int64_t R,
+            int dtype, Address y, std::int64_t y_numel) {
   const char* op = "linear_4bit";
   const Nf4Matrix& m = w.matrix;
   check_count(x_numel, M * m.K, op, "x", "M·K");
   check_count(y_numel, M * m.N, op, "y", "M·N");
   if (bias != 0) check_count(bias_numel, m.N, op, "bias", "N");
+  Nf4LowRank low{};
+  if (R > 0) {
+    check_count(s_numel, M * R, op, "s", "M·R");
+    check_count(b_numel, m.N * R, op, "lora_b", "N·R");
+    low = {pointer<const float>(s, s_numel, op, "s"), pointer<const float>(b, b_numel, op, "lora_b"), R};
+  }
   const DType x_dtype = dtype_of(dtype, op);
   const void* from = pointer<void>(x, x_numel, op, "x");
   void* to = pointer<void>(y, y_numel, op, "y");
   const py::gil_scoped_release release;
-  nf4_matvec_cpu(m, from, M, reinterpret_cast<const float*>(bias), x_dtype, to);
+  nf4_matvec_cpu(m, from, M, reinterpret_cast<const float*>(bias), low, x_dtype, to);
 }
 
 #if defined(PYFASTPEFT_WITH_CUDA)
@@ -154,7 +161,8 @@ void register_nf4_matmul(py::module_& m) {
   m.def("nf4_dequantize_tile_cpu", &dequantize_tile, py::arg("weight"), py::arg("row"), py::arg("rows"), py::arg("col"),
         py::arg("cols"), py::arg("dtype"), py::arg("out"), py::arg("out_numel"));
   m.def("nf4_matvec_cpu", &matvec, py::arg("weight"), py::arg("x"), py::arg("x_numel"), py::arg("M"), py::arg("bias"),
-        py::arg("bias_numel"), py::arg("dtype"), py::arg("y"), py::arg("y_numel"));
+        py::arg("bias_numel"), py::arg("s"), py::arg("s_numel"), py::arg("b"), py::arg("b_numel"), py::arg("R"),
+        py::arg("dtype"), py::arg("y"), py::arg("y_numel"));
 #if defined(PYFASTPEFT_WITH_CUDA)
   m.def("nf4_matmul_workspace", &matmul_workspace, py::arg("M"), py::arg("N"), py::arg("K"));
   define_fused(m, "nf4_matvec_cuda", &fused<false>);

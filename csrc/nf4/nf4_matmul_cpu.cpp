@@ -1,6 +1,7 @@
 // The 4-bit matmul on the CPU: launchers, thread split, and the scalar variant.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -11,15 +12,21 @@ namespace pyfastpeft {
 namespace {
 
 constexpr std::int64_t kGrainValues = 16384;  // of W, below which a second thread costs more than it brings
+constexpr std::int64_t kGrainPacked = 65536;  // the same for values of x to pack
+constexpr std::int64_t kRowGroup = 4;         // of W's rows, that a thread's range begins at a multiple of
 constexpr std::int64_t kRun = 64;             // blocks whose absmax is decoded at a time
 
-Nf4MatvecRows* matvec_variant() {
+const Nf4MatvecVariant& variant(const Nf4Matrix& w, DType dtype) {
 #if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
-  if (isa >= CpuIsa::avx512) return nf4_matvec_rows_avx512;
-  if (isa >= CpuIsa::avx2) return nf4_matvec_rows_avx2;
+  const bool whole = nf4_whole_groups(w);
+  if (isa >= CpuIsa::avx512) {
+    if (!whole) return nf4_matvec_any_avx512;
+    return dtype == DType::bf16 ? nf4_matvec_bf16_avx512 : nf4_matvec_f32_avx512;
+  }
+  if (isa >= CpuIsa::avx2) return whole ? nf4_matvec_f32_avx2 : nf4_matvec_any_avx2;
 #endif
-  return nf4_matvec_rows_scalar;
+  return nf4_matvec_any_scalar;
 }
 
 Nf4DequantizeBlocks* dequantize_variant() {
@@ -48,9 +55,7 @@ void nf4_decode_blocks(const Nf4Matrix& w, std::int64_t first, std::int64_t bloc
   }
 }
 
-void nf4_matvec_rows_scalar(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t end) {
-  nf4_matvec_rows<VecScalar>(args, begin, end);
-}
+const Nf4MatvecVariant nf4_matvec_any_scalar = {nf4_pack_any<VecScalar>, nf4_matvec_rows<VecScalar>, kNf4MatvecPad, 4};
 
 void nf4_dequantize_tile_cpu(const Nf4Matrix& w, std::int64_t row, std::int64_t rows, std::int64_t col,
                              std::int64_t cols, DType out_dtype, void* out) {
@@ -73,23 +78,27 @@ void nf4_dequantize_tile_cpu(const Nf4Matrix& w, std::int64_t row, std::int64_t 
   });
 }
 
-void nf4_matvec_cpu(const Nf4Matrix& w, const void* x, std::int64_t M, const float* bias, DType dtype, void* y) {
-  const std::int64_t stride = (w.K + kNf4MatvecPad - 1) / kNf4MatvecPad * kNf4MatvecPad;
-  std::vector<float> wide(std::size_t(M * stride)), sums(dtype == DType::f32 ? 0 : std::size_t(M * w.N));
-  dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for (std::int64_t m = 0; m < M; ++m)
-      for (std::int64_t k = 0; k < w.K; ++k) wide[m * stride + k] = to_f32(static_cast<const T*>(x)[m * w.K + k]);
+void nf4_matvec_cpu(const Nf4Matrix& w, const void* x, std::int64_t M, const float* bias, const Nf4LowRank& low,
+                    DType dtype, void* y) {
+  const Nf4MatvecVariant& way = variant(w, dtype);
+  const std::int64_t stride = (w.K + way.pad - 1) / way.pad * way.pad;
+  const std::int64_t s_stride = (low.R + kNf4MatvecPad - 1) / kNf4MatvecPad * kNf4MatvecPad;
+  // 64 bytes more, so that packed rows can begin at a cache line
+  const std::unique_ptr<char[]> space(new char[std::size_t(M * stride * way.size + 64)]);
+  char* const packed = space.get() + (64 - reinterpret_cast<std::uintptr_t>(space.get()) % 64) % 64;
+  const std::int64_t part = nf4_part(M), parts = (M + part - 1) / part;
+  parallel_for(parts, kGrainPacked / (part * stride + 1) + 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i)
+      way.pack(static_cast<const char*>(x) + i * part * w.K * size_of(dtype), dtype, w.K, stride,
+               std::min(part, M - i * part), packed + i * part * stride * way.size);
   });
-  const Nf4MatvecArgs args{&w,     wide.data(), M,
-                           stride, bias,        dtype == DType::f32 ? static_cast<float*>(y) : sums.data()};
-  Nf4MatvecRows* const rows = matvec_variant();
-  parallel_for(w.N, kGrainValues / (w.K + 1) + 1,
-               [&](std::int64_t begin, std::int64_t end) { rows(args, begin, end); });
-  if (dtype == DType::f32) return;
-  dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for (std::int64_t i = 0; i < M * w.N; ++i) static_cast<T*>(y)[i] = from_f32<T>(sums[i]);
+  std::vector<float> s(std::size_t(M * s_stride));
+  for (std::int64_t m = 0; m < M && low.R > 0; ++m) std::copy_n(low.s + m * low.R, low.R, s.data() + m * s_stride);
+  const Nf4MatvecArgs args{&w, packed, M, stride, {bias, s.data(), low.b, low.R, s_stride}, dtype, y};
+  // whole groups of rows: a panel is then cut in the same way for every number of threads
+  const std::int64_t groups = (w.N + kRowGroup - 1) / kRowGroup;
+  parallel_for(groups, kGrainValues / (w.K * kRowGroup + 1) + 1, [&](std::int64_t begin, std::int64_t end) {
+    way.rows(args, begin * kRowGroup, std::min(w.N, end * kRowGroup));
   });
 }
 

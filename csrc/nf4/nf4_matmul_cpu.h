@@ -1,4 +1,4 @@
-// Between the matmul launchers and their variants: a variant works on a range of W's rows, on the calling thread.
+// Between the matmul launcher and its variants: a variant works on a range of W's rows, on the calling thread.
 #pragma once
 
 #include "nf4/nf4_cpu.h"
@@ -6,21 +6,55 @@
 
 namespace pyfastpeft {
 
+// What is added to each dot product before its one rounding.
+struct Nf4Added {
+  const float* bias;  // [N] or null
+  const float* s;     // [M, s_stride]: the low-rank path's S, rows padded with zeros to a multiple of kNf4MatvecPad
+  const float* b;     // [N, R] contiguous
+  std::int64_t R;     // 0: no low-rank path
+  std::int64_t s_stride;
+};
+
 struct Nf4MatvecArgs {
   const Nf4Matrix* w;
-  const float* x;  // [M, stride], rows padded with zeros up to the stride
+  const void* x;  // parts of nf4_part(M) rows, as the variant's `pack` wrote them: M · stride values
   std::int64_t M;
-  std::int64_t stride;  // K rounded up to kNf4MatvecPad
-  const float* bias;    // or null
-  float* y;             // [M, N]
+  std::int64_t stride;  // in values
+  Nf4Added added;
+  DType dtype;  // of y
+  void* y;      // [M, N]
 };
 constexpr std::int64_t kNf4MatvecPad = 16;  // the widest vector
 
-using Nf4MatvecRows = void(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t end);
-Nf4MatvecRows nf4_matvec_rows_scalar;
+// Rows of x that share a decoded vector of weights; M is cut into parts as equal as can be.
+constexpr std::int64_t kNf4MaxTokens = 8;
+inline std::int64_t nf4_part(std::int64_t M) {
+  const std::int64_t parts = (M + kNf4MaxTokens - 1) / kNf4MaxTokens;
+  return parts == 0 ? 1 : (M + parts - 1) / parts;
+}
+
+// One way of computing the product. `pack` writes a part of x, `tokens` rows [tokens, K], in the order `rows` reads it in,
+// each row padded with zeros to `stride` values; what type packed values have is the variant's own affair.
+struct Nf4MatvecVariant {
+  void (*pack)(const void* x, DType dtype, std::int64_t K, std::int64_t stride, std::int64_t tokens, void* to);
+  void (*rows)(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t end);  // rows of W
+  std::int64_t pad;                                                               // stride is K rounded up to this
+  std::int64_t size;                                                              // bytes of a packed value
+};
+
+// Any shape: rows of W are decoded in fp32, then multiplied.
+extern const Nf4MatvecVariant nf4_matvec_any_scalar;
 #if defined(__x86_64__)
-Nf4MatvecRows nf4_matvec_rows_avx2, nf4_matvec_rows_avx512;
+extern const Nf4MatvecVariant nf4_matvec_any_avx2, nf4_matvec_any_avx512;
+// Straight from the packed bytes, for weights that nf4_whole_groups holds for.
+extern const Nf4MatvecVariant nf4_matvec_f32_avx2, nf4_matvec_f32_avx512, nf4_matvec_bf16_avx512;
 #endif
+
+// Rows of W are whole groups of this many values, and a group lies in one block.
+constexpr std::int64_t kNf4Group = 64;
+inline bool nf4_whole_groups(const Nf4Matrix& w) {
+  return w.K > 0 && w.K % kNf4Group == 0 && w.blocksize % kNf4Group == 0;
+}
 
 // Writes whole blocks [first, first + blocks) of W to out, which starts at the first one's first value.
 void nf4_decode_blocks(const Nf4Matrix& w, std::int64_t first, std::int64_t blocks, DType dtype, void* out);

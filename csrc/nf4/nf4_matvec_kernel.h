@@ -1,4 +1,5 @@
-// The body of nf4_matvec_cpu as a template over one vector type of common/vec.h; nf4_matmul_cpu*.cpp instantiate it.
+// y = x·Wᵀ for weights of any shape, as a template over one vector type of common/vec.h; nf4_matmul_cpu*.cpp instantiate
+// it. Weights whose rows are whole groups of 64 values take nf4_dots_kernel.h, which is several times as fast.
 //
 // Four rows of W are decoded to fp32 into a scratch that stays in the L2 cache, then multiplied with every row of x, some
 // columns at a time so that those of x stay in the L1 cache. Bytes from memory: N·K/2 + 4·N·K/blocksize, once, whatever
@@ -18,6 +19,21 @@ namespace {
 
 constexpr int kNf4Rows = 4;                // of W at a time
 constexpr std::int64_t kNf4Columns = 512;  // of x at a time: 8 rows are 16 KiB
+
+template <typename V>
+void nf4_pack_any(const void* x, DType dtype, std::int64_t K, std::int64_t stride, std::int64_t tokens, void* to) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (std::int64_t m = 0; m < tokens; ++m) {
+      const T* from = static_cast<const T*>(x) + m * K;
+      float* out = static_cast<float*>(to) + m * stride;
+      std::int64_t k = 0;
+      for (; k + V::width <= K; k += V::width) V::load(from + k).store(out + k);
+      for (; k < K; ++k) out[k] = to_f32(from[k]);
+      std::fill(out + K, out + stride, 0.0f);
+    }
+  });
+}
 
 template <typename V>
 float nf4_sum(const float* sums) {
@@ -56,6 +72,8 @@ void nf4_matvec_rows(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t
   // a long sum of one lane loses bits: the narrower the vector, the fewer columns are summed before they join the total
   constexpr std::int64_t kColumns = V::width > 1 ? kNf4Columns : 64;
   const Nf4Matrix& w = *args.w;
+  const Nf4Added& added = args.added;
+  const float* const x = static_cast<const float*>(args.x);
   const std::int64_t row_size = w.K + 2 * w.blocksize + kNf4MatvecPad;
   std::vector<float> scratch(std::size_t(kNf4Rows * row_size)), sums(std::size_t(args.M * kNf4Rows * V::width));
   for (std::int64_t n = begin; n < end; n += kNf4Rows) {
@@ -76,15 +94,21 @@ void nf4_matvec_rows(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t
       for (int r = 0; r < kNf4Rows; ++r) part[r] = rows[r] + k;
       std::int64_t m = 0;
       for (; m + kTokens <= args.M; m += kTokens)
-        nf4_dots<V, kTokens>(part, args.x + m * args.stride + k, args.stride, count,
-                             sums.data() + m * kNf4Rows * V::width);
+        nf4_dots<V, kTokens>(part, x + m * args.stride + k, args.stride, count, sums.data() + m * kNf4Rows * V::width);
       for (; m < args.M; ++m)
-        nf4_dots<V, 1>(part, args.x + m * args.stride + k, args.stride, count, sums.data() + m * kNf4Rows * V::width);
+        nf4_dots<V, 1>(part, x + m * args.stride + k, args.stride, count, sums.data() + m * kNf4Rows * V::width);
     }
     for (std::int64_t m = 0; m < args.M; ++m)
       for (std::int64_t r = 0; r < std::min<std::int64_t>(kNf4Rows, end - n); ++r) {
-        const float dot = nf4_sum<V>(sums.data() + (m * kNf4Rows + r) * V::width);
-        args.y[m * w.N + n + r] = args.bias != nullptr ? dot + args.bias[n + r] : dot;
+        float dot = nf4_sum<V>(sums.data() + (m * kNf4Rows + r) * V::width), low = 0.0f;
+        for (std::int64_t k = 0; k < added.R; ++k)
+          low += added.s[m * added.s_stride + k] * added.b[(n + r) * added.R + k];
+        if (added.R > 0) dot += low;
+        if (added.bias != nullptr) dot += added.bias[n + r];
+        dispatch(args.dtype, [&](auto tag) {
+          using T = typename decltype(tag)::type;
+          static_cast<T*>(args.y)[m * w.N + n + r] = from_f32<T>(dot);
+        });
       }
   }
 }

@@ -47,9 +47,14 @@ def _accumulate(s: torch.Tensor, x: torch.Tensor, p: float, key: int) -> torch.T
     return g
 
 
+def shrink(x, lora_a, scaling, dropout_p, seed) -> torch.Tensor:
+    """S = scaling · drop(x [M, K]) · Aᵀ, fp32 [M, R]; x contiguous."""
+    return _shrink(x, _f32(lora_a), scaling, dropout_p, _key(dropout_p, seed))
+
+
 def add_lora_(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> None:
     """y [M, N] += scaling · drop(x [M, K]) · Aᵀ · Bᵀ; x and y contiguous."""
-    s = _shrink(x, _f32(lora_a), scaling, dropout_p, _key(dropout_p, seed))
+    s = shrink(x, lora_a, scaling, dropout_p, seed)
     _expand_(y, s, _f32(lora_b.t()), 0.0, 0)
 
 

@@ -2,7 +2,8 @@
 
 W [N, K] is frozen, so the gradients are those of ops/lora.py without dW. The whole of W is never dequantised:
 
-    few rows of x    y straight from the packed bytes: fp32 dot products of decoded fp32 weights, one rounding
+    few rows of x    y straight from the packed bytes, bias and low-rank path in the same sums, one rounding; weights are
+                     scaled in fp32 and, where the processor multiplies bf16 and x is bf16, rounded to it once
     many             W in tiles of at most TILE_BYTES, each dequantised (rounded once to x's dtype) into one buffer that
                      stays in the cache, and multiplied there by torch's matmul:
                        y  [:, n : n + rows] = x  · W[n : n + rows, :]ᵀ        a tile is some rows of W
@@ -27,13 +28,27 @@ from pyfastpeft.ops._linear import (
     check_x,
     draw_seed,
 )
-from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_
+from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_, shrink
 from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
-# Up to this many rows of x the packed bytes are read directly. Measured on Zen 4 at 4096 x 4096: torch's bf16 matmul has
-# twice the rate of fp32 FMA, so tiles win sooner there.
-MATVEC_ROWS = {torch.bfloat16: 8, torch.float32: 32, torch.float16: 32}
+# Up to this many rows of x the packed bytes are read directly; by instruction set, as csrc/common/cpu_isa.h names them.
+# Measured on Zen 4 at 4096 x 4096, one thread (milliseconds, direct / tiles): avx512 bf16 16 rows 4.0 / 5.4, 32 rows 7.7 /
+# 7.8, 48 rows 11.1 / 10.4; avx512 fp32 48 rows 20.0 / 21.3, 64 rows 26.2 / 26.0; avx2 fp32 32 rows 16.8 / 16.6. The scalar
+# kernel loses to torch's own vectors from the start, but holds no tile: it serves the fewest rows.
+_FEW_ROWS = {
+    "scalar": {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8},
+    "avx2": {torch.float32: 32, torch.float16: 32, torch.bfloat16: 32},
+    "avx512": {torch.float32: 48, torch.float16: 48, torch.bfloat16: 32},
+}
+_FEW_ROWS["amx"] = _FEW_ROWS["avx512"]
+
+
+def matvec_rows(dtype: torch.dtype) -> int:
+    """The most rows of x for which the packed bytes are read directly: nf4_matvec_cpu."""
+    return _FEW_ROWS[_C.cpu_isa()][dtype]
+
+
 # Of 2, 4, 8, 16 and 32 MiB, 8 was best from 16 to 2048 tokens: below, each product reads x again and threads meet more
 # often; above, a tile leaves the cache and its fresh pages are faulted in at every call.
 TILE_BYTES = 8 << 20
@@ -79,12 +94,14 @@ def _tiles(length: int, other: int, itemsize: int, multiple: int):
     return [(begin, min(step, length - begin)) for begin in range(0, length, step)]
 
 
-def _matvec(w: _Weight, x, bias, y) -> None:
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    address, count = (0, 0) if bias is None else (bias.data_ptr(), bias.numel())
+def _matvec(w: _Weight, x, bias, s, lora_b, y) -> None:
+    """y = x·Wᵀ + bias + s·lora_bᵀ in one pass over the packed bytes; s [M, R] float32 or None."""
+    added = [None if t is None else t.to(torch.float32).contiguous() for t in (bias, s, lora_b)]
+    addresses = [(0, 0) if t is None else (t.data_ptr(), t.numel()) for t in added]
     code = dtype_code(x.dtype, "linear_4bit", "x")
     _C.nf4_matvec_cpu(
-        w.view, x.data_ptr(), x.numel(), x.shape[0], address, count, code, y.data_ptr(), y.numel()
+        w.view, x.data_ptr(), x.numel(), x.shape[0], *addresses[0], *addresses[1], *addresses[2],
+        0 if s is None else s.shape[1], code, y.data_ptr(), y.numel(),
     )  # fmt: skip
 
 
@@ -145,9 +162,13 @@ def _forward_cpu(
     rows, w = as_rows(x), _Weight(*flat, N, K)
     y = x.new_empty(rows.shape[0], N)
     if y.numel():
-        (_matvec if rows.shape[0] <= MATVEC_ROWS[x.dtype] else _matmul)(w, rows, bias, y)
-        if lora_a is not None:
-            add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed)
+        if rows.shape[0] <= matvec_rows(x.dtype):
+            s = None if lora_a is None else shrink(rows, lora_a, scaling, dropout_p, seed)
+            _matvec(w, rows, bias, s, lora_b, y)
+        else:
+            _matmul(w, rows, bias, y)
+            if lora_a is not None:
+                add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed)
     return y.view(*x.shape[:-1], N)
 
 

@@ -116,7 +116,7 @@ def finetune(
     output: Annotated[
         _Text, _option("Folder for the adapter, checkpoints, metrics.csv, loss.png, run.json.", JOB)
     ] = None,
-    method: Annotated[str, _option("qlora (4-bit base) or lora.", JOB)] = "qlora",
+    method: Annotated[str, _option("qlora (4-bit base), lora, adalora, ia3 or relora.", JOB)] = "qlora",
     demo: Annotated[
         bool, _option("The whole job offline on the packaged small model, in minutes.", JOB, "--demo")
     ] = False,
@@ -125,9 +125,14 @@ def finetune(
     dropout: Annotated[float, _option("LoRA dropout.", ADAPTER)] = 0.05,
     rslora: Annotated[bool, _option("Scale by alpha / sqrt(rank).", ADAPTER, "--rslora")] = False,
     target_modules: Annotated[
-        str, _option('"all-linear", module names with commas between them, or a regular expression.', ADAPTER)
-    ] = "all-linear",
+        str, _option('"auto", "all-linear", module names with commas between them, or a regular expression.', ADAPTER)
+    ] = "auto",
     modules_to_save: Annotated[_Text, _option("Modules trained whole, with commas between them.", ADAPTER)] = None,
+    quantize: Annotated[
+        Optional[bool],  # noqa: UP045
+        _option("Quantise the base to 4 bits on load (default: for qlora).", ADAPTER),
+    ] = None,
+    restart_every: Annotated[_Int, _option("relora: steps between restarts (default: five a run).", ADAPTER)] = None,
     blocksize: Annotated[int, _option("Values per quantisation block.", ADAPTER)] = 64,
     quant_type: Annotated[str, _option("nf4 or fp4.", ADAPTER)] = "nf4",
     double_quant: Annotated[bool, _option("Quantise the block scales too.", ADAPTER)] = True,
@@ -177,7 +182,7 @@ def finetune(
     log_seconds: Annotated[float, _option("Seconds between progress lines without a terminal.", RUN)] = 10.0,
     demo_eval_bytes: Annotated[_Int, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Fine-tune a model by LoRA or QLoRA.
+    """Fine-tune a model by LoRA, QLoRA, AdaLoRA, ReLoRA or (IA)³.
 
     Ctrl-C saves a checkpoint; the same command with --resume then goes on exactly there.
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pyfastpeft.finetune.config import trained_quantized
 from pyfastpeft.finetune.errors import ConfigError, ModelError
 from pyfastpeft.finetune.files import read_json
 from pyfastpeft.finetune.model import Base, load_base, maximum_length, quantize_base
@@ -119,7 +120,7 @@ def quantization_of(config: GenerateConfig, adapter: Path | None) -> dict[str, A
     """blocksize, quant_type and double_quant to load with; None for a dense base."""
     if config.quantize is None and adapter is not None:
         options = training_options(adapter)
-        if options is not None and options.get("method") == "qlora":
+        if options is not None and trained_quantized(options):
             return {name: options[name] for name in ("blocksize", "quant_type", "double_quant")}
     if not config.quantize:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pyfastpeft.finetune.config import trained_quantized
 from pyfastpeft.finetune.errors import ConfigError
 from pyfastpeft.finetune.files import new_folder, prepare_output
 from pyfastpeft.finetune.model import DTYPES, Base, load_base, quantize_base, quiet_transformers, read_model_config
@@ -58,7 +59,7 @@ class MergeResult:
 def merge(config: MergeConfig) -> MergeResult:
     """Merges an adapter into its base's dense weights and saves the model with its tokenizer, in one rename.
 
-    Per adapted layer W' = W + s·B·A, summed in fp32 and rounded once to the dtype of the result. A QLoRA adapter was
+    Per adapted layer W' = W + s·B·A, summed in fp32 and rounded once to the dtype of the result. An adapter of a 4-bit base was
     trained on Q(W), so merging it into W makes a model that differs from the trained one by W − Q(W), usually for the
     better; the result says how much that is, and `into="dequantized"` merges into Q(W) instead.
 
@@ -72,10 +73,10 @@ def merge(config: MergeConfig) -> MergeResult:
         raise ConfigError(f"--output {output}: expected a new or an empty folder; it exists and holds something")
     prepare_output(output.parent)
     options = training_options(adapter) or {}
-    quantised = options.get("method") == "qlora"
+    quantised = trained_quantized(options)
     if config.into == "dequantized" and not quantised:
         raise ConfigError(
-            f"--into dequantized: {adapter} has no run.json of a qlora run beside it, so its quantisation is not "
+            f"--into dequantized: {adapter} has no run.json of a run on a 4-bit base beside it, so its quantisation is not "
             "known; use --into original"
         )
     model_config = read_model_config(config.model)
@@ -87,7 +88,7 @@ def merge(config: MergeConfig) -> MergeResult:
     if config.into == "dequantized":
         error = _dequantize_base(base, options)
     model = PeftModel.from_pretrained(base.model, str(adapter))
-    layers = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
+    layers = [layer for _, layer in model.base_model.layers()]
     if quantised and error is None:
         weights = (layer.base_layer.weight.detach() for layer in layers)
         error = _relative_error((weight, _quantized(weight, options)) for weight in weights)

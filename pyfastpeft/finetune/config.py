@@ -10,7 +10,7 @@ from typing import Any
 
 from pyfastpeft.finetune.errors import ConfigError
 
-METHODS = ("qlora", "lora")
+METHODS = ("qlora", "lora", "adalora", "ia3", "relora")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -37,10 +37,16 @@ class FinetuneConfig:
                             assistant's turns)
     output                  folder of the result: the adapter in PEFT's format, checkpoints/, metrics.csv, loss.png,
                             run.json
-    method                  "qlora": the base is quantised to 4 bits on load; "lora": it stays in `dtype`
-    rank, alpha, dropout, rslora, target_modules, modules_to_save    as LoraConfig's fields (target_modules:
-                            "all-linear", or module names with commas between them, or a regular expression)
-    blocksize, quant_type, double_quant                              of the 4-bit base (qlora)
+    method                  "lora"; "qlora": the same on a 4-bit base; "adalora": ranks allocated between the layers,
+                            `rank` on average in the end; "relora": LoRA that is merged and started again every
+                            restart_every steps, on the jagged cosine schedule; "ia3": scales of activations (usual
+                            learning rate: 3e-3)
+    quantize                quantise the base to 4 bits on load; None: for qlora alone
+    rank, alpha, dropout, rslora, target_modules, modules_to_save    as LoraConfig's fields (target_modules: "auto":
+                            all-linear, the architecture's usual ones for ia3; "all-linear"; module names with commas
+                            between them; or a regular expression)
+    restart_every           relora: optimizer steps between two restarts; None: a fifth of the run
+    blocksize, quant_type, double_quant                              of the 4-bit base
     learning_rate, schedule, warmup_steps | warmup_ratio, min_lr_ratio    peak; shape after warm-up; linear warm-up;
                             final value as a fraction of the peak
     epochs | max_steps      length of the run; max_steps wins where both are given
@@ -74,11 +80,13 @@ class FinetuneConfig:
     alpha: float = 32
     dropout: float = 0.05
     rslora: bool = False
-    target_modules: str = "all-linear"
+    quantize: bool | None = None
+    target_modules: str = "auto"
     modules_to_save: str | None = None
     blocksize: int = 64
     quant_type: str = "nf4"
     double_quant: bool = True
+    restart_every: int | None = None
     learning_rate: float = 2e-4
     schedule: str = "cosine"
     warmup_steps: int | None = None
@@ -127,7 +135,7 @@ class FinetuneConfig:
         _one_of(self, "quant_type", ("nf4", "fp4"))
         for name in ("rank", "batch_size", "gradient_accumulation", "keep_last"):
             _integer(self, name, 1)
-        for name in ("max_steps", "threads", "sequence_length"):
+        for name in ("max_steps", "threads", "sequence_length", "restart_every"):
             if getattr(self, name) is not None:
                 _integer(self, name, 1)
         for name in ("warmup_steps", "eval_every", "save_every"):
@@ -145,6 +153,10 @@ class FinetuneConfig:
             bool(self.target_modules.strip()), "target_modules", "module names or 'all-linear'", self.target_modules
         )
         self._validate_paging()
+        if self.method == "qlora" and self.quantize is False:
+            raise ConfigError("--method qlora is LoRA on a 4-bit base: --no-quantize contradicts it; use --method lora")
+        if self.restart_every is not None and self.method != "relora":
+            raise ConfigError(f"--restart-every is an option of --method relora, this is {self.method}")
         if self.resume_from is not None and self.overwrite:
             raise ConfigError("resume_from and overwrite exclude each other: one goes on, the other starts again")
         if self.resume and self.overwrite:
@@ -177,10 +189,17 @@ class FinetuneConfig:
             if name not in FREE_ON_RESUME and other.get(name) != mine[name]
         ]
 
-    def targets(self) -> str | list[str]:
-        """`target_modules` as LoraConfig takes it: a list of names, or one string (all-linear, a regular
-        expression)."""
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is quantised on load."""
+        return trained_quantized(self.to_dict())
+
+    def targets(self) -> str | list[str] | None:
+        """`target_modules` as the method's config takes it: a list of names, one string (all-linear, a regular
+        expression), or None for the architecture's usual ones."""
         text = self.target_modules.strip()
+        if text == "auto":
+            return None if self.method == "ia3" else "all-linear"
         if text == "all-linear" or any(character in text for character in r"\*+?[](){}|^$"):
             return text
         return [name.strip() for name in text.split(",") if name.strip()]
@@ -214,6 +233,12 @@ class FinetuneResult:
     @property
     def interrupted(self) -> bool:
         return self.status == "interrupted"
+
+
+def trained_quantized(options: dict[str, Any]) -> bool:
+    """Whether a run with these options (those of its run.json) trained on a 4-bit base."""
+    wanted = options.get("quantize")
+    return options.get("method") == "qlora" if wanted is None else wanted
 
 
 def option(name: str) -> str:

@@ -19,6 +19,7 @@ from pyfastpeft.finetune.checkpoint import TrainerState, save_checkpoint
 from pyfastpeft.finetune.config import FinetuneConfig
 from pyfastpeft.finetune.data import IGNORED, BatchOrder, Sequences, step_seed
 from pyfastpeft.finetune.errors import NonFiniteLossError
+from pyfastpeft.finetune.methods import Restarts
 from pyfastpeft.finetune.metrics import MetricsLog, peak_memory
 from pyfastpeft.finetune.model import trainable_parameters
 from pyfastpeft.finetune.schedule import learning_rate_at
@@ -140,6 +141,7 @@ class TrainingLoop:
         self.warmup = (
             config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * self.total)
         )
+        self.restarts = Restarts(config, self.total, self.warmup)
         self.eval_every = _interval(config.eval_every, self.total)
         self.save_every = _interval(config.save_every, self.total)
         self.losses: list[float] = []
@@ -168,14 +170,16 @@ class TrainingLoop:
     def _step(self, clock: float) -> bool:
         """One optimizer step; False, with nothing changed, where a stop was requested on the way."""
         config, step, begun = self.config, self.state.step, time.monotonic()
-        rate = learning_rate_at(
-            step,
-            peak=config.learning_rate,
-            total=self.total,
-            warmup=self.warmup,
-            schedule=config.schedule,
-            min_ratio=config.min_lr_ratio,
-        )
+        rate = self.restarts.learning_rate(step, config.learning_rate)
+        if rate is None:
+            rate = learning_rate_at(
+                step,
+                peak=config.learning_rate,
+                total=self.total,
+                warmup=self.warmup,
+                schedule=config.schedule,
+                min_ratio=config.min_lr_ratio,
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(step_seed(config.seed, step, "dropout"))
@@ -190,6 +194,7 @@ class TrainingLoop:
             for batch in batches
         )
         total_loss = torch.zeros((), device=self.device)
+        penalty = self.model.base_model.penalty()
         for batch in batches:
             if self.stop.requested:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -199,12 +204,15 @@ class TrainingLoop:
                 **{name: value.to(self.device) for name, value in batch.items()}, use_cache=False
             ).logits
             loss = summed_loss(logits, labels) / targets
-            self.scaler.scale(loss).backward()
             total_loss += loss.detach()
+            if penalty is not None:  # once a step, with the first of its batches; no part of the loss that is shown
+                loss, penalty = loss + penalty, None
+            self.scaler.scale(loss).backward()
         value = total_loss.item()
         if not math.isfinite(value):
             raise self._not_finite("loss", value)
         norm = self._update()
+        self.restarts.after_step(step + 1, self.model, self.optimizer)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + tokens
         now = time.monotonic()
         self.state.seconds = now - clock

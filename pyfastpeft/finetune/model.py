@@ -169,24 +169,14 @@ def quantize_base(base: Base, *, blocksize: int, quant_type: str, double_quant: 
         raise ModelError(f"the base model cannot be quantised: {error}") from error
 
 
-def put_adapter_on(base: Base, config: FinetuneConfig, checkpoint: Path | None) -> torch.nn.Module:
-    """The PeftModel to train: a new adapter, or the one of `checkpoint`."""
-    from pyfastpeft import LoraConfig, PeftModel, get_peft_model
+def put_adapter_on(base: Base, config: FinetuneConfig, checkpoint: Path | None, total_steps: int) -> torch.nn.Module:
+    """The PeftModel to train for total_steps: a new adapter, or the one of `checkpoint`."""
+    from pyfastpeft import PeftModel, get_peft_model
+    from pyfastpeft.finetune.methods import adapter_config
 
     if checkpoint is not None:
         return PeftModel.from_pretrained(base.model, str(checkpoint), is_trainable=True)
-    saved = [name.strip() for name in (config.modules_to_save or "").split(",") if name.strip()]
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        target_modules=config.targets(),
-        modules_to_save=saved or None,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base.model, lora)
+    return get_peft_model(base.model, adapter_config(config, total_steps))
 
 
 def check_tokens(ids: torch.Tensor, model: torch.nn.Module) -> None:

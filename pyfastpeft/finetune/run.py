@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,18 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         torch.manual_seed(step_seed(config.seed, 0, "initialisation"))
         base = load_base(config.model, device=str(device), dtype=dtype)
         check_tokens(data.train.ids, base.model)
-        model = build(base, config, output.checkpoint)
+        model = build(base, config, output.checkpoint, order.steps)
         parameters = trainable_parameters(model)
+
+        def save_adapter(folder: str) -> None:
+            with warnings.catch_warnings():  # the note below says it once
+                warnings.filterwarnings("ignore", "(?s).*base_weights.safetensors")
+                model.save_pretrained(folder)
+
+        if config.method == "relora":
+            note(
+                "the base's weights change and are saved beside the adapter (base_weights.safetensors), for pyfastpeft"
+            )
         optimizer = _optimizer(config, list(parameters.values()))
         scaler = None
         if output.checkpoint is not None:
@@ -98,7 +109,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
             optimizer=optimizer,
             state=output.state,
             metrics=metrics,
-            save_adapter=model.save_pretrained,
+            save_adapter=save_adapter,
             report=progress.reporter() if progress is not None else silent(),
             device=device,
             pad=data.pad,
@@ -116,7 +127,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         finally:
             metrics.close()
         if complete:
-            output.save_adapter(model.save_pretrained)
+            output.save_adapter(save_adapter)
         plot = output.path / PLOT
         draw_losses(plot, metrics.rows, f"{config.method} on {Path(config.data).name}, rank {config.rank}")
     state = output.state
@@ -145,9 +156,9 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
     return result
 
 
-def build(base: Base, config: FinetuneConfig, checkpoint: Path | None) -> torch.nn.Module:
-    """The model to train, on its device: quantised (qlora), with gradient checkpointing if wanted, and its adapter."""
-    if config.method == "qlora":
+def build(base: Base, config: FinetuneConfig, checkpoint: Path | None, total_steps: int) -> torch.nn.Module:
+    """The model to train, on its device: quantised where wanted, with gradient checkpointing if wanted, and its adapter."""
+    if config.quantized:
         quantize_base(base, blocksize=config.blocksize, quant_type=config.quant_type, double_quant=config.double_quant)
     base.model.to(base.device)
     base.model.config.use_cache = False
@@ -156,7 +167,7 @@ def build(base: Base, config: FinetuneConfig, checkpoint: Path | None) -> torch.
         rename = hasattr(base.model, "activation_checkpointing_enable")
         enable = base.model.activation_checkpointing_enable if rename else base.model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return put_adapter_on(base, config, checkpoint).to(base.device)
+    return put_adapter_on(base, config, checkpoint, total_steps).to(base.device)
 
 
 @dataclass
@@ -225,7 +236,7 @@ def _introduce(
 ) -> None:
     quantised = (
         f"{config.quant_type} blocks of {config.blocksize}{', double quantisation' if config.double_quant else ''}, "
-        if config.method == "qlora"
+        if config.quantized
         else ""
     )
     heldout = f", {len(data.heldout)} held out" if data.heldout else ""

@@ -74,7 +74,7 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch, tmp_path):
     call(*required)
     assert seen.pop() == FinetuneConfig("m", "d", "o")
     values = {
-        "method": "lora", "rank": 3, "alpha": 5.5, "dropout": 0.25, "rslora": True, "target_modules": "q_proj",
+        "method": "relora", "quantize": True, "restart_every": 3, "rank": 3, "alpha": 5.5, "dropout": 0.25, "rslora": True, "target_modules": "q_proj",
         "modules_to_save": "lm_head", "blocksize": 128, "quant_type": "fp4", "double_quant": False, "learning_rate": 0.5,
         "schedule": "linear", "warmup_steps": 4, "warmup_ratio": 0.5, "min_lr_ratio": 0.1, "epochs": 2.5, "max_steps": 9,
         "batch_size": 7, "gradient_accumulation": 6, "sequence_length": 99, "packing": False, "gradient_checkpointing": True,

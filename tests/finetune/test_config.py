@@ -43,6 +43,7 @@ from pyfastpeft.finetune.schedule import learning_rate_at
         ("eval_every", -5),
         ("save_every", -5),
         ("keep_last", 0),
+        ("restart_every", 0),
         ("optimizer", "sgd"),
         ("optimizer_memory", "2GB"),  # of a paged one alone
         ("spill_dir", "/"),
@@ -78,6 +79,17 @@ def test_resume_and_overwrite_exclude_each_other():
 )
 def test_targets(text, expected):
     assert FinetuneConfig("m", "d", "o", target_modules=text).targets() == expected
+
+
+def test_what_the_method_decides():
+    assert FinetuneConfig("m", "d", "o").targets() == "all-linear"
+    assert FinetuneConfig("m", "d", "o", method="ia3").targets() is None
+    assert [FinetuneConfig("m", "d", "o", method=m).quantized for m in ("qlora", "lora", "ia3")] == [True, False, False]
+    assert FinetuneConfig("m", "d", "o", method="adalora", quantize=True).quantized
+    with pytest.raises(ConfigError, match="--no-quantize contradicts it"):
+        FinetuneConfig("m", "d", "o", quantize=False)
+    with pytest.raises(ConfigError, match="--restart-every is an option of --method relora, this is qlora"):
+        FinetuneConfig("m", "d", "o", restart_every=3)
 
 
 @given(

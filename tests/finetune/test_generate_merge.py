@@ -168,7 +168,7 @@ def test_merge_into_the_weights_that_were_trained_on(tiny_model, trained, tmp_pa
     base, adapted = load_adapted(config(tiny_model, trained["qlora"], dtype="float32"))
     merged = AutoModelForCausalLM.from_pretrained(target)
     torch.testing.assert_close(logits(merged, base.tokenizer), logits(adapted, base.tokenizer), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ConfigError, match="no run.json of a qlora run"):
+    with pytest.raises(ConfigError, match="no run.json of a run on a 4-bit base"):
         merge(MergeConfig(str(tiny_model), str(trained["lora"]), str(tmp_path / "x"), into="dequantized"))
 
 

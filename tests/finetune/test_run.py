@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pyfastpeft as pf
 from pyfastpeft.finetune import ConfigError, DataError, NonFiniteLossError, OutputError, checkpoint, finetune, loop
 from pyfastpeft.finetune.files import TEMPORARY
 
@@ -102,8 +103,11 @@ def test_adapter_loads_in_peft_with_the_same_loss(make_config, tiny_model):
         {"max_steps": None, "epochs": 2.0, "batch_size": 3, "schedule": "linear", "save_every": 3},
         {"method": "lora", "dtype": "bfloat16", "gradient_checkpointing": True, "packing": False},
         {"method": "lora", "dtype": "float16"},
+        {"method": "adalora"},
+        {"method": "ia3", "quantize": True},
+        {"method": "relora", "restart_every": 2},
     ],
-    ids=["plain", "8bit", "paged", "epochs", "bf16-checkpointing-padded", "fp16-scaled"],
+    ids=["plain", "8bit", "paged", "epochs", "bf16-checkpointing-padded", "fp16-scaled", "adalora", "ia3", "relora"],
 )
 def test_resumed_run_is_the_same_run_bit_for_bit(make_config, uninterrupted, monkeypatch, options):
     whole = uninterrupted(**options)
@@ -236,7 +240,7 @@ def test_steps_equal_a_loop_written_out(make_config, tiny_model):
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     torch.manual_seed(step_seed(config.seed, 0, "initialisation"))
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    model = put_adapter_on(Base(base, None, torch.device("cpu"), torch.float32, []), config, None)
+    model = put_adapter_on(Base(base, None, torch.device("cpu"), torch.float32, []), config, None, 6)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     losses = []
@@ -426,3 +430,32 @@ def test_text_shorter_than_a_sequence(make_config, tmp_path):
     with pytest.raises(DataError, match="tokens are fewer than one sequence of 32"):
         finetune(make_config(data=str(path)))
     assert finetune(make_config(data=str(path), packing=False, max_steps=1)).status == "complete"
+
+
+@pytest.mark.parametrize("method", ["adalora", "ia3", "relora"])
+def test_other_methods_train_and_merge(make_config, tiny_model, tmp_path, method):
+    from pyfastpeft.merge import MergeConfig, merge
+
+    result = finetune(make_config(method=method, max_steps=10, learning_rate=0.05, dropout=0.0))
+    assert result.losses[-1] < result.losses[0]
+    config = json.loads((result.output / "adapter_config.json").read_text())
+    assert config["peft_type"] == {"adalora": "ADALORA", "ia3": "IA3", "relora": "LORA"}[method]
+    assert (result.output / "base_weights.safetensors").exists() is (method == "relora")
+    if method == "adalora":
+        assert sum(map(sum, config["rank_pattern"].values())) == 4 * len(config["rank_pattern"])
+    merged = merge(MergeConfig(str(tiny_model), str(result.output), str(tmp_path / "merged")))
+    assert merged.layers > 0
+    whole = finetune_logits(tiny_model, result.output)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.arange(9)[None]).logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def finetune_logits(folder, adapter):
+    from transformers import AutoModelForCausalLM
+
+    model = pf.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+    with torch.no_grad():
+        return model(torch.arange(9)[None]).logits

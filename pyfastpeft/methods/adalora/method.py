@@ -85,9 +85,9 @@ class AdaLoraMethod(LayerMethod):
         return found
 
     def resume_tensors(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
-        """While ranks are being allocated: all triplets, the averages of their importance, and the step."""
+        """Of an adapter in training: all triplets, the averages of their importance, and the step."""
         allocator = _allocator(model, adapter_name)
-        if allocator is None or not allocator.averages:
+        if allocator is None or not allocator.step:
             return {}
         tensors: dict[str, torch.Tensor] = {"step": torch.tensor(allocator.step)}
         for key, parameter in allocator.parameters().items():
@@ -101,8 +101,8 @@ class AdaLoraMethod(LayerMethod):
         if resume and not config.inference_mode:
             parameters = _allocator(model, adapter_name).parameters()
             shapes = {key: tensor.shape for key, tensor in resume.items() if key != "step"}
-            averages = ("", ".mean", ".uncertainty")
-            expected = {f"{key}{average}": p.shape for key, p in parameters.items() for average in averages}
+            kinds = ("", ".mean", ".uncertainty") if any(key.endswith(".mean") for key in shapes) else ("",)
+            expected = {f"{key}{kind}": p.shape for key, p in parameters.items() for kind in kinds}
             if "step" not in resume or shapes != expected:
                 raise ValueError(
                     f"{self.resume_name} does not fit the model, nothing was loaded; without that file the adapter loads "
@@ -119,8 +119,9 @@ class AdaLoraMethod(LayerMethod):
         with torch.no_grad():
             for key, parameter in allocator.parameters().items():
                 parameter.copy_(resume[key])
-                pair = (resume[f"{key}.mean"], resume[f"{key}.uncertainty"])
-                allocator.averages[key] = tuple(each.to(parameter.device, copy=True) for each in pair)
+                if f"{key}.mean" in resume:  # there are none once the ranks are final
+                    pair = (resume[f"{key}.mean"], resume[f"{key}.uncertainty"])
+                    allocator.averages[key] = tuple(each.to(parameter.device, copy=True) for each in pair)
 
 
 def _allocator(model: nn.Module, adapter_name: str) -> RankAllocator | None:

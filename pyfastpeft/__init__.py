@@ -2,7 +2,19 @@
 
 from pyfastpeft import nn, ops, optim
 from pyfastpeft.build_info import build_info
-from pyfastpeft.methods import AdaLoraConfig, BitFitConfig, IA3Config, LoraConfig, PeftConfig, PeftType, TaskType
+from pyfastpeft.methods import (
+    AdaLoraConfig,
+    BitFitConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+)
 from pyfastpeft.nn.load_quantized import load_quantized_state_dict
 from pyfastpeft.peft_model import (
     PeftModel,
@@ -32,6 +44,10 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "QuantizedTensor",
     "TaskType",
     "build_info",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfastpeft import checkpoint
+from pyfastpeft import checkpoint, prompt_model
 from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
 from pyfastpeft.methods.registry import method_for
@@ -119,6 +119,17 @@ class PeftModel(nn.Module):
     def disable_adapter(self):
         """`with model.disable_adapter():` answers as without adapters inside."""
         return self.base_model.disable_adapter()
+
+    def generate(self, *args, **kwargs) -> Any:
+        """The model's own generate(), with the active adapter's virtual tokens where it has some."""
+        return prompt_model.generate(self.get_base_model(), *args, **kwargs)
+
+    def nearest_tokens(
+        self, k: int = 5, metric: str = "cosine", tokenizer: Any = None, adapter_name: str | None = None
+    ) -> list[list[tuple[Any, float]]]:
+        """For each virtual token the k nearest tokens of the vocabulary; see prompt_model.nearest_tokens."""
+        name = self.active_adapters[0] if adapter_name is None else self.base_model.check_known(adapter_name)
+        return prompt_model.nearest_tokens(self.get_base_model(), name, k, metric, tokenizer)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The model's own, and what reentrant checkpointing needs: inputs of the first layer that require grad."""
@@ -383,11 +394,20 @@ def _load(adapted, model_id, name, is_trainable, config, fp32, subfolder, hub_kw
     config = config.copy()
     config.inference_mode = not is_trainable
     exists = name in adapted.peft_config
+    if exists and adapted.peft_config[name].peft_type != config.peft_type:
+        held = adapted.peft_config[name].peft_type
+        raise ValueError(
+            f"{os.fspath(model_id)} is an adapter of {config.peft_type.value}, and {name!r} is one of {held.value} "
+            "already; load it under another name"
+        )
     flags = [(parameter, parameter.requires_grad) for parameter in adapted.model.parameters()]
     if not exists:
         adapted.add_adapter(name, config, fp32=fp32, init=False, strict=False)
     try:
         resolved = adapted.peft_config[name]
+        if exists:
+            resolved = resolved.copy()
+            resolved.inference_mode = config.inference_mode
         live = method.loading_tensors(adapted.model, resolved, name, resume)
         extra = {k: t for k, t in checkpoint.embedding_tensors(adapted.model).items() if k in found and k not in live}
         live |= extra

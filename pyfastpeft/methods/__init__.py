@@ -5,5 +5,19 @@ from pyfastpeft.methods.base import PeftConfig, PeftType, TaskType
 from pyfastpeft.methods.bitfit import BitFitConfig
 from pyfastpeft.methods.ia3 import IA3Config
 from pyfastpeft.methods.lora import LoraConfig
+from pyfastpeft.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from pyfastpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 
-__all__ = ["AdaLoraConfig", "BitFitConfig", "IA3Config", "LoraConfig", "PeftConfig", "PeftType", "TaskType"]
+__all__ = [
+    "AdaLoraConfig",
+    "BitFitConfig",
+    "IA3Config",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftType",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "TaskType",
+]

@@ -7,12 +7,16 @@ from pyfastpeft.methods.base import Method, PeftConfig, PeftType
 from pyfastpeft.methods.bitfit import BitFitMethod
 from pyfastpeft.methods.ia3 import IA3Method
 from pyfastpeft.methods.lora import LoraMethod
+from pyfastpeft.methods.p_tuning import PTuningMethod
+from pyfastpeft.methods.prompt_tuning import PromptTuningMethod
 
 _METHODS = [
     AdaLoraMethod(),
     BitFitMethod(),
     IA3Method(),
     LoraMethod(),
+    PTuningMethod(),
+    PromptTuningMethod(),
 ]
 METHODS: dict[PeftType, Method] = {method.peft_type: method for method in _METHODS}
 

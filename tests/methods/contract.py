@@ -40,6 +40,15 @@ CONTRACTS = {
     PeftType.BITFIT: Contract(lambda kind: {"train_norms": True}, exact_merge=True),
     PeftType.IA3: Contract(peft="IA3Config"),
     PeftType.LORA: Contract(lambda kind: {"target_modules": "all-linear", "r": 4}, peft="LoraConfig"),
+    PeftType.PROMPT_TUNING: Contract(
+        lambda kind: {"num_virtual_tokens": 5}, identity=False, mergeable=False, peft="PromptTuningConfig"
+    ),
+    PeftType.P_TUNING: Contract(
+        lambda kind: {"num_virtual_tokens": 5, "encoder_reparameterization_type": "MLP" if kind == "bert" else "LSTM"},
+        identity=False,
+        mergeable=False,
+        peft="PromptEncoderConfig",
+    ),  # fmt: skip
 }
 
 

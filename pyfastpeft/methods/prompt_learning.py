@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfastpeft.checkpoint import RESUME_NAME, check_tensors
+from pyfastpeft.checkpoint import check_tensors
 from pyfastpeft.methods.base import KEY_PREFIX, AdapterHolder, Method, PeftConfig, TaskType
 from pyfastpeft.methods.checks import check_flags, check_strings
 from pyfastpeft.saved_modules import add_saved_modules, check_saved_modules
@@ -159,6 +159,7 @@ class PromptMethod(Method):
     """A method whose adapters are encoders in a PromptHolder."""
 
     place: str
+    resume_name = "prompt_encoder.safetensors"
 
     def fill_config(self, model: nn.Module, config: PromptLearningConfig) -> None:
         """Fills in what the model decides; ValueError for a model that cannot be served. Changes the config alone."""
@@ -246,7 +247,7 @@ class PromptMethod(Method):
     def loading_tensors(self, model, config, adapter_name, resume):
         encoder = self.empty_encoder(config) if resume else None
         if encoder is not None:
-            check_tensors(RESUME_NAME, resume, dict(encoder.named_parameters()))
+            check_tensors(self.resume_name, resume, dict(encoder.named_parameters()))
         like = next(self.holder(model).encoders[adapter_name].parameters())
         flat = torch.empty(self.shape(config), dtype=like.dtype, device=like.device)
         return {PROMPT_KEY: flat} | self._others(model, config, adapter_name)
@@ -262,13 +263,13 @@ class PromptMethod(Method):
             given = encoder.eval()()
             if not torch.allclose(given, flat, rtol=1e-2, atol=1e-2 * float(flat.abs().max())):
                 warnings.warn(
-                    f"{RESUME_NAME} does not give the {PROMPT_KEY} beside it: it is from another time, and is not used",
+                    f"{self.resume_name} does not give the {PROMPT_KEY} beside it: it is from another time, and is not used",
                     stacklevel=5,
                 )
                 encoder = None
         elif self.empty_encoder(config) is not None and not config.inference_mode:
             warnings.warn(
-                f"there is no {RESUME_NAME}: training goes on with the virtual tokens themselves, without the encoder",
+                f"there is no {self.resume_name}: training goes on with the virtual tokens themselves, without the encoder",
                 stacklevel=5,
             )
         self.holder(model).install(adapter_name, Embeddings(flat) if encoder is None else encoder)

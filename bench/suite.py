@@ -25,6 +25,7 @@ SECTIONS = {
     "ia3": ("bench_ia3", "(IA)³ scaling, forward and backward"),
     "step": ("bench_training_step", "a whole training step of a Llama shape"),
     "optimizer": ("bench_adamw", "optimizer steps, 32- and 8-bit state"),
+    "paged": ("bench_paged", "optimizer state beyond memory: a step against its budget, beside the disk alone"),
     "memory": ("bench_memory", "peak memory of a training step"),
     "scaling": ("bench_scaling", "how cost grows: tokens, widths, rank, block size, threads, depth"),
     "start": ("bench_start", "import time, and the time to build a wheel"),

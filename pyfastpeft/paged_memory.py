@@ -133,6 +133,10 @@ class PagedMemory:
             page_bytes=self.page_bytes, resident_bytes=self.budget_bytes, spill_folder=self.spill_dir,
             look_ahead=look_ahead, io_threads=io_threads, direct_io=direct_io,
         )  # fmt: skip
+        # pages that may be held together while others go on moving
+        self.at_once = max(min(frames // 4, 8), 1)
+        self.minimum_bytes = FEWEST_PAGES * self.page_bytes
+        self._frames = frames
         for name in (
             "acquire",
             "try_acquire",
@@ -144,6 +148,7 @@ class PagedMemory:
             "stats",
             "resident",
             "events",
+            "frames",
         ):
             setattr(self, name, getattr(self._memory, name))
         self._order: Sequence[int] | None = None
@@ -158,6 +163,14 @@ class PagedMemory:
         if self._order is not pages:
             self._memory.set_order(list(pages))
             self._order = pages
+
+    @property
+    def everything_fits(self) -> bool:
+        return self.stats()["pages"] <= self._frames
+
+    def locations(self) -> list[str]:
+        """Of each page: "resident" or "spilled"."""
+        return ["resident" if there else "spilled" for there in self.resident()]
 
     def record_events(self, on: bool) -> None:
         """Begins (forgetting the earlier ones) or ends to note every read, write and wait."""

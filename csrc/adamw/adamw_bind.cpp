@@ -155,43 +155,33 @@ AdamwTensor tensor_of(const Piece& piece, std::int64_t i, char* page, std::int64
   };
   const std::int64_t scales = (piece.n + kAdamwBlock - 1) / kAdamwBlock * 4, moments = piece.n * (bits8 ? 1 : 4);
   const auto skip = [&](DType dtype) { return piece.first * (dtype == DType::f32 ? 4 : 2); };
-  return {pointer<char>(params[piece.tensor], numel, kOp, "params") + skip(param_dtype),
-          pointer<const char>(grads[piece.tensor], numel, kOp, "grads") + skip(grad_dtype),
-          at(piece.exp_avg, moments),
-          at(piece.exp_avg_sq, moments),
-          bits8 ? static_cast<float*>(at(piece.absmax1, scales)) : nullptr,
-          bits8 ? static_cast<float*>(at(piece.absmax2, scales)) : nullptr,
-          master ? static_cast<float*>(at(piece.master, piece.n * 4)) : nullptr,
-          static_cast<float*>(at(piece.step, 4)),
-          piece.n,
-          param_dtype,
-          grad_dtype,
-          bits8,
-          piece.first,
-          piece.index};
+  return {
+      static_cast<char*>(pointer<void>(params[piece.tensor], numel, param_dtype, kOp, "params")) + skip(param_dtype),
+      static_cast<const char*>(pointer<const void>(grads[piece.tensor], numel, grad_dtype, kOp, "grads")) +
+          skip(grad_dtype),
+      at(piece.exp_avg, moments),
+      at(piece.exp_avg_sq, moments),
+      bits8 ? static_cast<float*>(at(piece.absmax1, scales)) : nullptr,
+      bits8 ? static_cast<float*>(at(piece.absmax2, scales)) : nullptr,
+      master ? static_cast<float*>(at(piece.master, piece.n * 4)) : nullptr,
+      static_cast<float*>(at(piece.step, 4)),
+      piece.n,
+      param_dtype,
+      grad_dtype,
+      bits8,
+      piece.first,
+      piece.index};
 }
 
-// Pages: the pieces of tables[i] have their state in [pages[i], pages[i] + page_bytes). At most `threads` threads, 0: all.
-void adamw_pages(const std::vector<py::buffer>& tables, const std::vector<Address>& pages, std::int64_t page_bytes,
-                 int threads, const py::buffer& params, const py::buffer& grads, const py::buffer& numels, double lr,
-                 double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-                 Address map1, Address map2, Address seed, double grad_scale) {
+// The pieces of tables[i] have their state in [pages[i], pages[i] + page_bytes).
+std::vector<AdamwTensor> read_pages(const std::vector<py::buffer>& tables, const std::vector<Address>& pages,
+                                    std::int64_t page_bytes, const py::buffer& params, const py::buffer& grads,
+                                    const py::buffer& numels, const AdamwOptions& options) {
   const py::buffer_info param_info = params.request(), grad_info = grads.request(), numel_info = numels.request();
   const std::int64_t tensor_count = param_info.size;
   const auto* p = items<Address>(param_info, tensor_count, "params");
   const auto* g = items<Address>(grad_info, tensor_count, "grads");
   const auto* numel = items<std::int64_t>(numel_info, tensor_count, "numels");
-  const AdamwOptions options{lr,
-                             beta1,
-                             beta2,
-                             eps,
-                             weight_decay,
-                             decoupled,
-                             maximize,
-                             grad_scale,
-                             checked_map(map1, "qmap1"),
-                             checked_map(map2, "qmap2"),
-                             reinterpret_cast<const std::int64_t*>(seed)};
   check(tables.size() == pages.size(), kOp, ": ", tables.size(), " tables for ", pages.size(), " pages");
   std::vector<AdamwTensor> tensors;
   for (std::size_t page = 0; page < pages.size(); ++page) {
@@ -204,6 +194,26 @@ void adamw_pages(const std::vector<py::buffer>& tables, const std::vector<Addres
     for (std::int64_t i = 0; i < rows.size / kWords; ++i)
       tensors.push_back(tensor_of(pieces[i], i, base, page_bytes, tensor_count, p, g, numel, options));
   }
+  return tensors;
+}
+
+// At most `threads` threads, 0: all.
+void adamw_pages(const std::vector<py::buffer>& tables, const std::vector<Address>& pages, std::int64_t page_bytes,
+                 int threads, const py::buffer& params, const py::buffer& grads, const py::buffer& numels, double lr,
+                 double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+                 Address map1, Address map2, Address seed, double grad_scale) {
+  const AdamwOptions options{lr,
+                             beta1,
+                             beta2,
+                             eps,
+                             weight_decay,
+                             decoupled,
+                             maximize,
+                             grad_scale,
+                             checked_map(map1, "qmap1"),
+                             checked_map(map2, "qmap2"),
+                             reinterpret_cast<const std::int64_t*>(seed)};
+  const auto tensors = read_pages(tables, pages, page_bytes, params, grads, numels, options);
   const py::gil_scoped_release release;
   const ThreadLimit limit(threads);
   adamw_cpu(tensors.data(), std::int64_t(tensors.size()), options);
@@ -257,6 +267,43 @@ void adamw_on_cuda(std::int64_t count, const py::buffer& params, const py::buffe
   adamw_cuda(tensors.data(), count, options, scalars, words, content.content, multiprocessors,
              reinterpret_cast<void*>(stream));
 }
+
+// As adamw_pages, on the GPU; the pages lie there, or in host memory that it can reach. Its stochastic rounding counts
+// from the beginning of what it is given, so parts of tensors are rounded to nearest only.
+void adamw_pages_on_cuda(const std::vector<py::buffer>& tables, const std::vector<Address>& pages,
+                         std::int64_t page_bytes, const py::buffer& params, const py::buffer& grads,
+                         const py::buffer& numels, double lr, double beta1, double beta2, double eps,
+                         double weight_decay, bool decoupled, bool maximize, Address map1, Address map2,
+                         Address lr_tensor, bool lr_is_f64, Address grad_scale, Address found_inf, Table& content,
+                         Address table, std::int64_t table_words, int multiprocessors, int device, Address stream) {
+  check((map1 != 0) == (map2 != 0), kOp, ": qmap1 and qmap2 are given together or not at all");
+  check(multiprocessors > 0, kOp, ": the device has ", multiprocessors, " multiprocessors");
+  const AdamwOptions options{lr,
+                             beta1,
+                             beta2,
+                             eps,
+                             weight_decay,
+                             decoupled,
+                             maximize,
+                             1.0,
+                             optional<const float>(map1, 256, "qmap1"),
+                             optional<const float>(map2, 256, "qmap2"),
+                             nullptr};
+  const AdamwDeviceScalars scalars{
+      lr_is_f64 ? static_cast<const void*>(optional<const double>(lr_tensor, 1, "lr_tensor"))
+                : static_cast<const void*>(optional<const float>(lr_tensor, 1, "lr_tensor")),
+      lr_is_f64, optional<const float>(grad_scale, 1, "grad_scale"), optional<const float>(found_inf, 1, "found_inf")};
+  const auto tensors = read_pages(tables, pages, page_bytes, params, grads, numels, options);
+  const auto count = std::int64_t(tensors.size());
+  check(table_words == adamw_table_words(count), kOp, ": the table has ", table_words, " words, expected ",
+        adamw_table_words(count), " for ", count, " tensors");
+  auto* words = pointer<std::uint64_t>(table, table_words, kOp, "table");
+  const py::gil_scoped_release release;
+  const std::lock_guard<std::mutex> lock(content.mutex);
+  const DeviceGuard guard(device, kOp);
+  adamw_cuda(tensors.data(), count, options, scalars, words, content.content, multiprocessors,
+             reinterpret_cast<void*>(stream));
+}
 #endif
 
 }  // namespace
@@ -268,6 +315,7 @@ void register_adamw(py::module_& m) {
   py::class_<Table>(m, "AdamwTable", py::module_local()).def(py::init<>());
   m.def("adamw_table_words", &adamw_table_words);
   m.def("adamw_cuda", &adamw_on_cuda);
+  m.def("adamw_pages_cuda", &adamw_pages_on_cuda);
 #endif
 }
 

@@ -73,6 +73,9 @@ class PagedMemory {
   // Begins to read what the order says comes first, before anybody asks.
   void prefetch();
 
+  // Where the budget's pages lie, one after the other; those that were never used are at the end.
+  void* frames() const;
+
   std::vector<bool> resident() const;  // by page
   PagedMemoryStats stats() const;
 

@@ -98,6 +98,7 @@ void register_paged_memory(py::module_& m) {
                       std::int64_t bytes) { copy(memory, page, offset, to, bytes, false); })
       .def("write", [](PagedMemory& memory, std::int64_t page, std::int64_t offset, Address from,
                        std::int64_t bytes) { copy(memory, page, offset, from, bytes, true); })
+      .def("frames", [](const PagedMemory& memory) { return Address(memory.frames()); })
       .def("resident",
            [](const PagedMemory& memory) {
              py::list result;

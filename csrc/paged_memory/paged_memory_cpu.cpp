@@ -504,6 +504,8 @@ void PagedMemory::discard(std::int64_t page) {
   impl_->changed.notify_all();
 }
 
+void* PagedMemory::frames() const { return impl_->frames.at(0); }
+
 std::vector<bool> PagedMemory::resident() const {
   impl_->check_call("resident");
   const std::lock_guard<std::mutex> lock(impl_->mutex);

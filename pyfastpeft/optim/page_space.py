@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pyfastpeft.optim.device_pages import DevicePages
 from pyfastpeft.paged_memory import PagedMemory
 
 BLOCK = 256  # values between two places where a tensor may be cut: a block of the 8-bit state
@@ -52,7 +53,7 @@ def _aligned(n: int) -> int:
 class PageSpace:
     """Hands out room on the pages of one PagedMemory; pages that hold nothing any more are given back."""
 
-    def __init__(self, memory: PagedMemory) -> None:
+    def __init__(self, memory: PagedMemory | DevicePages) -> None:
         self.memory = memory
         self.live: list[int] = []  # bytes of state on each page
         self.free: list[int] = []  # pages without any
@@ -108,9 +109,12 @@ class PageSpace:
                 if self._cursor is not None and self._cursor[0] == page:
                     self._cursor = None
 
-    def resident_bytes(self) -> int:
-        """Bytes of state that are in memory now."""
-        return sum(live for live, resident in zip(self.live, self.memory.resident(), strict=True) if resident)
+    def bytes_by_place(self) -> dict[str, int]:
+        """Bytes of state that are "resident", in "host" memory beside a device's, and "spilled"."""
+        found = {"resident": 0, "host": 0, "spilled": 0}
+        for live, place in zip(self.live, self.memory.locations(), strict=True):
+            found[place] += live
+        return found
 
 
 class PagedState(MutableMapping):
@@ -136,7 +140,7 @@ class PagedState(MutableMapping):
         self.space.give_back(self.pieces)
 
     def __getitem__(self, key: str) -> Any:
-        return self.constants[key] if key in self.constants else self.read([key])[key]
+        return self.constants[key] if key in self.constants else self.read([key])[key].to(self.device)
 
     def __setitem__(self, key: str, value: torch.Tensor) -> None:
         if key not in self._index:
@@ -170,7 +174,10 @@ class PagedState(MutableMapping):
         return next((piece.offsets[self._index[key]] for key in keys if key in self._index), -1)
 
     def read(self, keys: Sequence[str] | None = None, new: Any = torch.empty) -> dict[str, torch.Tensor]:
-        """Copies of these keys (all of them, and the constants), in one pass over the pages; new(n, dtype=) makes them."""
+        """Copies on the CPU of these keys (all of them, and the constants), in one pass over the pages.
+
+        new(n, dtype=) makes their memory.
+        """
         wanted = [f for f in self.fields if keys is None or f.key in keys]
         if keys is not None and len(wanted) != len(keys):
             raise KeyError(next(key for key in keys if key not in self._index))
@@ -178,7 +185,6 @@ class PagedState(MutableMapping):
         # every piece counts the same steps: one of them knows
         pieces = self.pieces[:1] if all(f.per == COUNTER for f in wanted) else self.pieces
         self._move(found, pieces, self.space.memory.read)
-        found = {key: value.to(self.device) for key, value in found.items()}
         return found if keys is not None else {**found, **self.constants}
 
     def write(self, values: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pyfastpeft.ops import adamw as op
+from pyfastpeft.optim.device_pages import CudaDevice, DevicePages
 from pyfastpeft.optim.page_space import Field, PagedState, PageSpace
 from pyfastpeft.paged_memory import (
     FEWEST_PAGES,
@@ -28,7 +29,7 @@ from pyfastpeft.paged_memory import (
     write_chrome_trace,
 )
 
-_TOGETHER = 8  # pages in one call, where not all fit
+_MANY = 8  # pages in a call that are worth all threads
 
 
 class Call:
@@ -81,15 +82,18 @@ class StepPlan:
         with_grad = {id(p) for call in calls for p in call.params}
         self.idle = [p for params in self.group_params for p in params if id(p) not in with_grad]
         self.calls = calls
-        rows: dict[int, dict[int, array]] = defaultdict(dict)
+        rows: dict[PageSpace, dict[int, dict[int, array]]] = defaultdict(lambda: defaultdict(dict))
         for call in calls:
             call.close()
             for tensor, state in enumerate(call.states):
                 for piece in state.pieces:
-                    table = rows[piece.page].setdefault(call.index, array("q"))
+                    table = rows[state.space][piece.page].setdefault(call.index, array("q"))
                     table.extend(call.row(tensor, state, piece))
-        self.visits = [(page, [(calls[i], table) for i, table in rows[page].items()]) for page in sorted(rows)]
-        self.order = [page for page, _ in self.visits]
+        # of each space, the pages in the order of their visits, with the calls' pieces there
+        self.passes = [
+            (space, sorted(of), [(page, [(calls[i], table) for i, table in of[page].items()]) for page in sorted(of)])
+            for space, of in rows.items()
+        ]
 
     def fits(self, groups: Sequence[dict[str, Any]], state: Any) -> bool:
         if len(groups) != len(self.group_params):
@@ -130,7 +134,13 @@ class PagedOptimizer:
     a page is stepped (`_launch`).
     """
 
-    def _open_pages(self, resident_bytes: int | str | None, spill_dir: str | os.PathLike | None) -> None:
+    def _open_pages(
+        self,
+        resident_bytes: int | str | None,
+        spill_dir: str | os.PathLike | None,
+        host_bytes: int | str | None = None,
+    ) -> None:
+        self._host_bytes = None if host_bytes is None else parse_bytes(host_bytes)
         self._requested = None if resident_bytes is None else parse_bytes(resident_bytes)
         self._spill_dir = None if spill_dir is None else os.path.abspath(os.fspath(spill_dir))
         if self._spill_dir is not None:
@@ -146,29 +156,42 @@ class PagedOptimizer:
         self._no_pages()
 
     def _no_pages(self) -> None:
-        self._space: PageSpace | None = None
+        self._spaces: dict[torch.device, PageSpace] = {}
         self._plan: StepPlan | None = None
-        self._done: set[int] = set()  # pages of a step that failed on its way
+        self._done: set[tuple[PageSpace, int]] = set()  # pages of a step that failed on its way
         self._kept_options: list[dict[str, Any]] = []
         self._computed: list[tuple[int, int, int, int]] | None = None
         self._pace = _Pace()
 
     @property
-    def pages(self) -> PagedMemory | None:
-        """The memory of the state; None before there is any."""
-        return None if self._space is None else self._space.memory
+    def pages(self) -> list[PagedMemory | DevicePages]:
+        """The memory of the state, one for each device; none before there is any state."""
+        return [space.memory for space in self._spaces.values()]
 
     def _pages_for(self, owners: Sequence[tuple[torch.Tensor, dict[str, Any]]], fields: Sequence[tuple[Field, ...]],
                    constants: Sequence[dict[str, Any]]) -> list[PagedState]:  # fmt: skip
         """New states of zeros; all of them, or an error and none."""
-        if self._space is None:
-            budget = self._requested
-            if budget is None:
-                budget = max(available_memory() // 2, FEWEST_PAGES * SMALLEST_PAGE)
-            self._space = PageSpace(PagedMemory(budget, self._spill_dir))
-        places = self._space.place([(p.numel(), f) for (p, _), f in zip(owners, fields, strict=True)])
-        rows = zip(owners, fields, places, constants, strict=True)
-        return [PagedState(self._space, p, f, place, c) for (p, _), f, place, c in rows]
+        devices = dict.fromkeys(p.device for p, _ in owners)
+        for device in devices:
+            if device not in self._spaces:
+                self._spaces[device] = PageSpace(self._memory_for(device))
+        rows = list(zip(owners, fields, constants, strict=True))
+        found: dict[int, PagedState] = {}
+        for device in devices:
+            space = self._spaces[device]
+            chosen = [(i, p, f, c) for i, ((p, _), f, c) in enumerate(rows) if p.device == device]
+            places = space.place([(p.numel(), f) for _, p, f, _ in chosen])
+            for (i, p, f, c), place in zip(chosen, places, strict=True):
+                found[i] = PagedState(space, p, f, place, c)
+        return [found[i] for i in range(len(rows))]
+
+    def _memory_for(self, device: torch.device) -> PagedMemory | DevicePages:
+        if device.type == "cuda":
+            return DevicePages(CudaDevice(device), self._requested, self._host_bytes, self._spill_dir)
+        budget = self._requested
+        if budget is None:
+            budget = max(available_memory() // 2, FEWEST_PAGES * SMALLEST_PAGE)
+        return PagedMemory(budget, self._spill_dir)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -251,11 +274,8 @@ class PagedOptimizer:
                 f"{title}: the gradient of {name} is sparse ({p.grad.layout}), expected a dense one; use "
                 "nn.Embedding(sparse=False), or torch.optim.SparseAdam for that parameter"
             )
-        if p.device.type != "cpu":
-            raise ValueError(
-                f"{title}: {name} is on {p.device}, expected the CPU, whose pages spill from RAM to disk; use "
-                f"pyfastpeft.optim.{title.removeprefix('Paged')} there"
-            )
+        if p.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{title}: {name} is on {p.device}, expected the CPU or a GPU; move it with .to()")
         if not torch.ops.aten.is_non_overlapping_and_dense(p):
             raise ValueError(
                 f"{title}: {name} has shape {tuple(p.shape)} and strides {p.stride()}, which leave gaps or overlap; "
@@ -272,22 +292,21 @@ class PagedOptimizer:
         for call in plan.calls:
             call.locate()
             torch.autograd.graph.increment_version(call.params)
-        memory = self._space.memory
-        memory.set_order(plan.order)
         done = self._done
-        visits = [visit for visit in plan.visits if visit[0] not in done] if done else plan.visits
         try:
-            self._pass(visits, options, memory)
+            for space, order, visits in plan.passes:
+                space.memory.set_order(order)
+                left = [visit for visit in visits if (space, visit[0]) not in done] if done else visits
+                self._pass(space, left, options)
         except BaseException:
             self._kept_options = options
             raise
         done.clear()
 
-    def _pass(self, visits: list, options: list, memory: PagedMemory) -> None:
+    def _pass(self, space: PageSpace, visits: list, options: list) -> None:
         """Steps the pages in order: as many at once as are in memory, the others one by one as they arrive."""
-        frames = memory.budget_bytes // memory.page_bytes
-        fits = len(self._space.live) <= frames
-        most = len(visits) if fits else max(min(frames // 4, _TOGETHER), 1)
+        memory, fits = space.memory, space.memory.everything_fits
+        most = len(visits) if fits else memory.at_once
         begin, waited, at = time.monotonic_ns(), 0, 0
         while at < len(visits):
             before = time.monotonic_ns()
@@ -306,7 +325,7 @@ class PagedOptimizer:
                         _, tables, bases = together.setdefault(call.index, (call, [], []))
                         tables.append(table)
                         bases.append(base)
-                threads = 0 if fits or len(held) >= _TOGETHER else self._pace.threads
+                threads = 0 if fits or len(held) >= _MANY else self._pace.threads
                 for call, tables, bases in together.values():
                     self._launch(call, tables, bases, memory.page_bytes, threads, options[call.index])
                 if self._computed is not None:
@@ -314,7 +333,7 @@ class PagedOptimizer:
             finally:
                 for page, _ in held:
                     memory.release(page, True)
-            self._done.update(page for page, _ in held)
+            self._done.update((space, page) for page, _ in held)
             at += len(held)
         if not fits:
             self._pace.note(time.monotonic_ns() - begin, waited)
@@ -329,8 +348,8 @@ class PagedOptimizer:
         has no room for them.
         """
         paged = self.state
-        spills = self._space is not None and self._space.memory.stats()["spill_file_bytes"] > 0
-        new = functools.partial(mapped_tensor, self._space.memory.spill_dir) if spills else torch.empty
+        spilling = [memory.spill_dir for memory in self.pages if memory.stats()["spill_file_bytes"] > 0]
+        new = functools.partial(mapped_tensor, spilling[0]) if spilling else torch.empty
         self.state = defaultdict(dict)
         try:
             for p, state in paged.items():
@@ -358,12 +377,12 @@ class PagedOptimizer:
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
         plain = {p: s.read() if isinstance(s, PagedState) else s for p, s in self.state.items()}
-        return {**kept, "state": plain, "paging": (self._requested, self._spill_dir)}
+        return {**kept, "state": plain, "paging": (self._requested, self._spill_dir, self._host_bytes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "paging" in state:  # a copy, or from a pickle: pages of its own
             state = dict(state)
-            self._requested, self._spill_dir = state.pop("paging")
+            self._requested, self._spill_dir, self._host_bytes = state.pop("paging")
             self._no_pages()
             groups = {p: group for group in state["param_groups"] for p in group["params"]}
             plain, state["state"] = state["state"], defaultdict(dict)
@@ -380,47 +399,57 @@ class PagedOptimizer:
     def memory_report(self) -> dict[str, Any]:
         """Where the state is and what moving it has cost. resident + host + spilled = state.
 
+        Of several devices, the sums; budgets are each device's.
+
         state_bytes       all of it (the two 1 KiB maps that 8-bit states share are not counted)
-        resident_bytes    of it in memory now; host_bytes is for devices with a memory of their own
+        resident_bytes    of it in memory now, a GPU's where the parameters are on one
+        host_bytes        for parameters on a GPU: in the host's memory
         spilled_bytes     of it on the disk alone
         budget_bytes      what resident pages may take: whole pages, `requested_bytes` (resident_bytes=; None: half of the
                           free memory) rounded down to them, or up to `minimum_bytes`
         pages_in, pages_out, seconds_waited, …    since the beginning: pages read and written, time step() stood still
         """
-        if self._space is None:
-            return {
-                "state_bytes": 0, "resident_bytes": 0, "host_bytes": 0, "spilled_bytes": 0,
-                "budget_bytes": self._requested, "requested_bytes": self._requested, "pages_in": 0, "pages_out": 0,
-                "seconds_waited": 0.0,
-            }  # fmt: skip
-        memory = self._space.memory
-        total, resident, stats = sum(self._space.live), self._space.resident_bytes(), memory.stats()
-        return {
-            "state_bytes": total, "resident_bytes": resident, "host_bytes": 0, "spilled_bytes": total - resident,
-            "budget_bytes": memory.budget_bytes, "requested_bytes": self._requested,
-            "minimum_bytes": FEWEST_PAGES * memory.page_bytes, "page_bytes": memory.page_bytes,
-            "pages": stats["pages"], "resident_pages": stats["resident_pages"],
-            "peak_resident_bytes": stats["peak_resident_pages"] * memory.page_bytes,
-            "pages_in": stats["pages_in"], "pages_out": stats["pages_out"],
-            "bytes_in": stats["pages_in"] * memory.page_bytes, "bytes_out": stats["pages_out"] * memory.page_bytes,
-            "waits": stats["waits"], "seconds_waited": stats["seconds_waited"],
-            "seconds_reading": stats["seconds_reading"], "seconds_writing": stats["seconds_writing"],
-            "spill_dir": memory.spill_dir, "spill_file_bytes": stats["spill_file_bytes"],
-            "direct_io": stats["direct_io"],
+        report: dict[str, Any] = {
+            "state_bytes": 0, "resident_bytes": 0, "host_bytes": 0, "spilled_bytes": 0,
+            "budget_bytes": self._requested, "requested_bytes": self._requested, "pages_in": 0, "pages_out": 0,
+            "seconds_waited": 0.0,
         }  # fmt: skip
+        if not self._spaces:
+            return report
+        counted = (
+            "pages", "resident_pages", "pages_in", "pages_out", "waits", "seconds_waited", "seconds_reading",
+            "seconds_writing", "spill_file_bytes",
+        )  # fmt: skip
+        summed = ("budget_bytes", "minimum_bytes", "peak_resident_bytes", "pinned_bytes", "bytes_in", "bytes_out")
+        report |= dict.fromkeys((*counted, *summed), 0)
+        for space in self._spaces.values():
+            memory, stats, places = space.memory, space.memory.stats(), space.bytes_by_place()
+            for place, nbytes in places.items():
+                report[f"{place}_bytes"] += nbytes
+                report["state_bytes"] += nbytes
+            for key in counted:
+                report[key] += stats[key]
+            report["budget_bytes"] += memory.budget_bytes
+            report["minimum_bytes"] += memory.minimum_bytes
+            report["peak_resident_bytes"] += stats["peak_resident_pages"] * memory.page_bytes
+            report["bytes_in"] += stats["pages_in"] * memory.page_bytes
+            report["bytes_out"] += stats["pages_out"] * memory.page_bytes
+            report["pinned_bytes"] += stats.get("pinned_bytes", 0)
+            report |= {"page_bytes": memory.page_bytes, "spill_dir": memory.spill_dir, "direct_io": stats["direct_io"]}
+        return report
 
     @contextlib.contextmanager
     def trace(self, path: str | os.PathLike) -> Iterator[None]:
         """Writes what moved and what was computed, when, inside the block: a file for chrome://tracing or Perfetto."""
         self._computed = []
-        if self._space is not None:
-            self._space.memory.record_events(True)
+        for memory in self.pages:
+            memory.record_events(True)
         try:
             yield
         finally:
             computed, self._computed = self._computed, None
             events = []
-            if self._space is not None:
-                self._space.memory.record_events(False)
-                events = self._space.memory.events()
+            for memory in self.pages:
+                memory.record_events(False)
+                events += memory.events()
             write_chrome_trace(path, events, computed)

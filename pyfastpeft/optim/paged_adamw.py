@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from pyfastpeft._native import _C
+from pyfastpeft.ops import _cuda
 from pyfastpeft.ops._library import DTYPE_CODES
 from pyfastpeft.ops.adamw import standard_maps
 from pyfastpeft.optim.adamw import AdamW
 from pyfastpeft.optim.page_space import SCALE, STEP, Field, PagedState, Piece
-from pyfastpeft.optim.paged import Call, PagedOptimizer
+from pyfastpeft.optim.paged import Call, PagedOptimizer, StepPlan
 
 _FP32 = (STEP, Field("exp_avg", torch.float32), Field("exp_avg_sq", torch.float32))
 _8BIT = (
@@ -25,6 +26,7 @@ _8BIT = (
     Field("absmax2", torch.float32, SCALE),
 )
 _MASTER = Field("master", torch.float32)
+_ROW = 11  # words of a piece
 _BITS8, _HAS_MASTER = 16, 32  # csrc/adamw/adamw_bind.cpp: kinds
 
 
@@ -57,10 +59,15 @@ class PagedAdamW(PagedOptimizer, AdamW):
                     it is left behind, however the process ends. Its space is taken when states are made, so that a full
                     disk is a SpillError (an OSError) there, with nothing changed, and not in the middle of training
 
+    host_bytes      for parameters on a GPU, where resident_bytes is the GPU's memory: pinned memory of the host for what
+                    does not fit there, before anything goes to the disk; None: half of what is free
+
     A step is one pass over the pages in a fixed order: pages are read ahead and changed ones written back by threads of
     their own while others are computed; those that fit stay in memory for good. Tensors of any size are paged, small ones
-    side by side. `state[p]` is a mapping that reads and writes the pages: `state[p]["exp_avg"]` is a copy. Parameters
-    must be on the CPU.
+    side by side. `state[p]` is a mapping that reads and writes the pages: `state[p]["exp_avg"]` is a copy.
+
+    On a GPU the kernel reads and writes the pages in pinned memory in place (pyfastpeft/optim/device_pages.py); there
+    stochastic_rounding is refused, since its random numbers count from the beginning of a tensor.
     """
 
     def __init__(
@@ -74,10 +81,16 @@ class PagedAdamW(PagedOptimizer, AdamW):
         *,
         resident_bytes: int | str | None = None,
         spill_dir: str | os.PathLike | None = None,
+        host_bytes: int | str | None = None,
         **options: Any,
     ) -> None:
-        self._open_pages(resident_bytes, spill_dir)
+        self._open_pages(resident_bytes, spill_dir, host_bytes)
+        self._device_tables: dict[tuple[int, int], tuple] = {}
         super().__init__(params, lr, betas, eps, weight_decay, state_bits, **options)
+
+    def _make_plan(self) -> StepPlan:
+        self._device_tables = {}  # they are of the former plan's pages
+        return super()._make_plan()
 
     def _fields(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[tuple[Field, ...], dict[str, Any]]:
         bits8 = self._is_8bit(p, group)
@@ -96,7 +109,10 @@ class PagedAdamW(PagedOptimizer, AdamW):
     def _options(self, call: Call) -> tuple | None:
         """The binding's last arguments; None where GradScaler found an infinity."""
         group = self.param_groups[call.group_number]
-        scalars = self._scalars(group, call.params[0].device)
+        device = call.params[0].device
+        scalars = self._scalars(group, device)
+        if device.type == "cuda":
+            return self._options_on_cuda(call, scalars)
         if scalars["found_inf"] is not None and scalars["found_inf"].item() != 0:
             return None
         lr, scale, seed = scalars["lr"], scalars["grad_scale"], scalars["rounding_seed"]
@@ -110,9 +126,46 @@ class PagedAdamW(PagedOptimizer, AdamW):
     def _launch(
         self, call: Call, tables: list[array], pages: list[int], page_bytes: int, threads: int, options: tuple
     ) -> None:
+        if isinstance(options, dict):
+            self._launch_on_cuda(call, tables, pages, page_bytes, options)
+            return
         *scalars, map1, map2, seed, scale = options
         addresses = (0 if t is None else t.data_ptr() for t in (map1, map2, seed))
         _C.adamw_pages_cpu(
             tables, pages, page_bytes, threads, call.param_addresses, call.grad_addresses, call.numels, *scalars,
             *addresses, scale,
+        )  # fmt: skip
+
+    def _options_on_cuda(self, call: Call, scalars: dict[str, Any]) -> dict[str, Any]:
+        if scalars["rounding_seed"] is not None:
+            raise ValueError(
+                "PagedAdamW: stochastic_rounding is True for parameters on a GPU, where parts of tensors are stepped; use "
+                "master_weights=True, or pyfastpeft.optim.AdamW"
+            )
+        maps = {f"map{i}": call.first_state.constants.get(f"qmap{i}") for i in (1, 2)}
+        return {**scalars, **maps}
+
+    def _launch_on_cuda(
+        self, call: Call, tables: list[array], pages: list[int], page_bytes: int, options: dict[str, Any]
+    ) -> None:
+        param = call.params[0]
+        target = _cuda.target(param, "adamw_")
+        words = target.module.adamw_table_words(sum(len(table) for table in tables) // _ROW)
+        key = (call.index, id(tables[0]), words)
+        table, content = self._device_tables.get(key) or (
+            torch.empty(words, dtype=torch.int64, device=param.device),
+            target.module.AdamwTable(),
+        )
+        self._device_tables[key] = table, content
+        lr = options["lr"]
+        lr, lr_tensor = (0.0, lr) if isinstance(lr, torch.Tensor) else (lr, None)
+        if lr_tensor is not None and lr_tensor.device != param.device:
+            lr, lr_tensor = lr_tensor.item(), None
+        addresses = [0 if t is None else t.data_ptr() for t in (options["map1"], options["map2"], lr_tensor)]
+        scaler = [0 if t is None else t.data_ptr() for t in (options["grad_scale"], options["found_inf"])]
+        target.module.adamw_pages_cuda(
+            tables, pages, page_bytes, call.param_addresses, call.grad_addresses, call.numels, lr, options["beta1"],
+            options["beta2"], options["eps"], options["weight_decay"], options["decoupled"], options["maximize"],
+            *addresses, lr_tensor is not None and lr_tensor.dtype == torch.float64, *scaler, content, table.data_ptr(),
+            words, _cuda.multiprocessors(param), target.device, target.stream,
         )  # fmt: skip

@@ -14,7 +14,7 @@ TOOLS = ruff==0.17.5 clang-format==23.1.5 typos==1.52.0
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build test mutate resources demo bench fmt lint wheel wheel-all check-aarch64 clean
+.PHONY: help build test mutate sanitize valgrind resources demo bench fmt lint wheel wheel-all check-aarch64 clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -40,6 +40,13 @@ test: build ## the test suite; ARGS="tests/ops -k nf4" for a part of it
 
 mutate: build ## take each barrier and bounds guard out of the CUDA kernels in turn: a test must notice (tests/emu/mutate.py)
 	$(BIN)/python tests/emu/mutate.py $(ARGS)
+
+sanitize: $(VENV)/.installed ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer (tests/native)
+	PATH="$(abspath $(BIN)):$$PATH" sh build_support/check_memory.sh address build/address
+	PATH="$(abspath $(BIN)):$$PATH" sh build_support/check_memory.sh thread build/thread
+
+valgrind: $(VENV)/.installed ## the CPU kernels up to AVX2 under memcheck (needs valgrind)
+	PATH="$(abspath $(BIN)):$$PATH" sh build_support/check_memory.sh valgrind build/valgrind
 
 resources: $(VENV)/.installed ## registers and shared memory of every CUDA kernel on every architecture, into csrc/README.md
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python build_support/resources.py

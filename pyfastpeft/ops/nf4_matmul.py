@@ -9,7 +9,8 @@ W [N, K] is frozen, so the gradients are those of ops/lora.py without dW. The wh
                        y  [:, n : n + rows] = x  · W[n : n + rows, :]ᵀ        a tile is some rows of W
                        dx [:, k : k + cols] = dy · W[:, k : k + cols]         a tile is some columns, so that no sum
                                                                               is cut into pieces rounded one by one
-    float16          the same with fp32 tiles and some rows of x at a time in fp32: CPUs multiply fp16 slowly or not at all
+    float16          the same with fp32 tiles and some rows of x at a time in fp32: CPUs multiply fp16 slowly or not at all;
+                     so too bfloat16 where the instruction set is AVX2 (torch: 108 ms for 64 rows of 4096 x 4096, fp32 40)
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
 # Up to this many rows of x the packed bytes are read directly; by instruction set, as csrc/common/cpu_isa.h names them.
-# Measured on Zen 4 at 4096 x 4096, one thread (milliseconds, direct / tiles): avx512 bf16 16 rows 4.0 / 5.4, 32 rows 7.7 /
-# 7.8, 48 rows 11.1 / 10.4; avx512 fp32 48 rows 20.0 / 21.3, 64 rows 26.2 / 26.0; avx2 fp32 32 rows 16.8 / 16.6. The scalar
-# kernel loses to torch's own vectors from the start, but holds no tile: it serves the fewest rows.
+# Measured on Zen 4 at 4096 x 4096, one thread of a shared machine, milliseconds direct / tiles: avx512 bf16 16 rows 4.0 /
+# 5.4, 32 rows 7.7 / 7.8, 48 rows 11.1 / 10.4; avx512 fp32 48 rows 20.0 / 21.3, 64 rows 26.2 / 26.0; avx2 fp32 32 rows 16.8
+# / 16.6; avx2 bf16 64 rows 37 / 41, 128 rows 157 / 139. The scalar kernel loses to torch's vectors from the start, but
+# holds no tile: it serves the fewest rows.
 _FEW_ROWS = {
     "scalar": {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8},
-    "avx2": {torch.float32: 32, torch.float16: 32, torch.bfloat16: 32},
+    "avx2": {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64},
     "avx512": {torch.float32: 48, torch.float16: 48, torch.bfloat16: 32},
 }
 _FEW_ROWS["amx"] = _FEW_ROWS["avx512"]
@@ -52,7 +54,7 @@ def matvec_rows(dtype: torch.dtype) -> int:
 # Of 2, 4, 8, 16 and 32 MiB, 8 was best from 16 to 2048 tokens: below, each product reads x again and threads meet more
 # often; above, a tile leaves the cache and its fresh pages are faulted in at every call.
 TILE_BYTES = 8 << 20
-FLOAT16_ROWS = 256  # of x, widened at a time
+WIDENED_ROWS = 256  # of x at a time
 
 
 def _check(
@@ -105,20 +107,25 @@ def _matvec(w: _Weight, x, bias, s, lora_b, y) -> None:
     )  # fmt: skip
 
 
-def _row_chunks(M: int, dtype: torch.dtype):
-    step = FLOAT16_ROWS if dtype == torch.float16 else max(1, M)
+def _tile_dtype(dtype: torch.dtype) -> torch.dtype:
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and _C.cpu_isa() == "avx2")
+    return torch.float32 if slow else dtype
+
+
+def _row_chunks(M: int, widened: bool):
+    step = WIDENED_ROWS if widened else max(1, M)
     return [(begin, min(step, M - begin)) for begin in range(0, M, step)]
 
 
 def _matmul(w: _Weight, x, bias, y) -> None:
     """y [M, N] = x [M, K] · Wᵀ + bias, by tiles of W's rows."""
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    dtype = _tile_dtype(x.dtype)
     bias = None if bias is None else bias.to(dtype)
     tiles = _tiles(w.N, w.K, dtype.itemsize, 16)
     buffer = torch.empty(max(count for _, count in tiles) * w.K, dtype=dtype)
     for n, count in tiles:
         tile = w.tile(n, count, 0, w.K, buffer).t()
-        for m, rows in _row_chunks(x.shape[0], x.dtype):
+        for m, rows in _row_chunks(x.shape[0], x.dtype != dtype):
             _product(
                 x[m : m + rows], tile, None if bias is None else bias[n : n + count], y[m : m + rows, n : n + count]
             )
@@ -126,12 +133,12 @@ def _matmul(w: _Weight, x, bias, y) -> None:
 
 def _matmul_backward(w: _Weight, grad, grad_x) -> None:
     """grad_x [M, K] = grad [M, N] · W, by tiles of W's columns."""
-    dtype = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+    dtype = _tile_dtype(grad.dtype)
     tiles = _tiles(w.K, w.N, dtype.itemsize, 64)
     buffer = torch.empty(max(count for _, count in tiles) * w.N, dtype=dtype)
     for k, count in tiles:
         tile = w.tile(0, w.N, k, count, buffer)
-        for m, rows in _row_chunks(grad.shape[0], grad.dtype):
+        for m, rows in _row_chunks(grad.shape[0], grad.dtype != dtype):
             _product(grad[m : m + rows], tile, None, grad_x[m : m + rows, k : k + count])
 
 

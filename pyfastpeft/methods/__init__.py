@@ -6,6 +6,7 @@ from pyfastpeft.methods.bitfit import BitFitConfig
 from pyfastpeft.methods.ia3 import IA3Config
 from pyfastpeft.methods.lora import LoraConfig
 from pyfastpeft.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from pyfastpeft.methods.prefix_tuning import PrefixTuningConfig
 from pyfastpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LoraConfig",
     "PeftConfig",
     "PeftType",
+    "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
     "PromptTuningConfig",

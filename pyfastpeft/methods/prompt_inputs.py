@@ -328,7 +328,7 @@ class PromptInputMethod(PromptMethod):
         if getattr(config, "encoder_hidden_size", config.token_dim) is None:
             config.encoder_hidden_size = config.token_dim
 
-    def shape(self, config: PromptLearningConfig) -> tuple[int, int]:
+    def shape(self, model: nn.Module, config: PromptLearningConfig) -> tuple[int, int]:
         return config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim
 
     def make_holder(self, model: nn.Module) -> PromptHolder:

@@ -176,11 +176,11 @@ class PromptMethod(Method):
         """A new encoder in fp32 on the CPU, with its initial values, drawn as PEFT draws them."""
         raise NotImplementedError
 
-    def empty_encoder(self, config: PromptLearningConfig) -> nn.Module | None:
+    def empty_encoder(self, model: nn.Module, config: PromptLearningConfig) -> nn.Module | None:
         """make_encoder() on the meta device; None where it is Embeddings."""
         raise NotImplementedError
 
-    def shape(self, config: PromptLearningConfig) -> tuple[int, int]:
+    def shape(self, model: nn.Module, config: PromptLearningConfig) -> tuple[int, int]:
         """Of prompt_embeddings."""
         raise NotImplementedError
 
@@ -200,7 +200,7 @@ class PromptMethod(Method):
             raise ValueError(
                 f"{type(model).__name__} has a {self.place!r} of its own; {config.peft_type} needs the name"
             )
-        encoder = self.make_encoder(model, config) if init else Embeddings(torch.empty(self.shape(config)))
+        encoder = self.make_encoder(model, config) if init else Embeddings(torch.empty(self.shape(model, config)))
         device, dtype = compute_device_and_dtype(model)
         encoder.to(device, torch.promote_types(dtype, torch.float32) if fp32 else dtype)
         holder = present if present is not None else self.make_holder(model).train(model.training)
@@ -245,17 +245,17 @@ class PromptMethod(Method):
         return {} if is_flat(encoder) else dict(encoder.named_parameters())
 
     def loading_tensors(self, model, config, adapter_name, resume):
-        encoder = self.empty_encoder(config) if resume else None
+        encoder = self.empty_encoder(model, config) if resume else None
         if encoder is not None:
             check_tensors(self.resume_name, resume, dict(encoder.named_parameters()))
         like = next(self.holder(model).encoders[adapter_name].parameters())
-        flat = torch.empty(self.shape(config), dtype=like.dtype, device=like.device)
+        flat = torch.empty(self.shape(model, config), dtype=like.dtype, device=like.device)
         return {PROMPT_KEY: flat} | self._others(model, config, adapter_name)
 
     @torch.no_grad()
     def finish_loading(self, model, config, adapter_name, live, resume) -> None:
         flat = live[PROMPT_KEY]
-        encoder = self.empty_encoder(config) if resume else None
+        encoder = self.empty_encoder(model, config) if resume else None
         if encoder is not None:
             encoder.load_state_dict(
                 {key: tensor.to(flat.device, flat.dtype) for key, tensor in resume.items()}, assign=True
@@ -267,7 +267,7 @@ class PromptMethod(Method):
                     stacklevel=5,
                 )
                 encoder = None
-        elif self.empty_encoder(config) is not None and not config.inference_mode:
+        elif self.empty_encoder(model, config) is not None and not config.inference_mode:
             warnings.warn(
                 f"there is no {self.resume_name}: training goes on with the virtual tokens themselves, without the encoder",
                 stacklevel=5,

@@ -8,6 +8,7 @@ from pyfastpeft.methods.bitfit import BitFitMethod
 from pyfastpeft.methods.ia3 import IA3Method
 from pyfastpeft.methods.lora import LoraMethod
 from pyfastpeft.methods.p_tuning import PTuningMethod
+from pyfastpeft.methods.prefix_tuning import PrefixTuningMethod
 from pyfastpeft.methods.prompt_tuning import PromptTuningMethod
 
 _METHODS = [
@@ -16,6 +17,7 @@ _METHODS = [
     IA3Method(),
     LoraMethod(),
     PTuningMethod(),
+    PrefixTuningMethod(),
     PromptTuningMethod(),
 ]
 METHODS: dict[PeftType, Method] = {method.peft_type: method for method in _METHODS}

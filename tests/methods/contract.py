@@ -40,6 +40,14 @@ CONTRACTS = {
     PeftType.BITFIT: Contract(lambda kind: {"train_norms": True}, exact_merge=True),
     PeftType.IA3: Contract(peft="IA3Config"),
     PeftType.LORA: Contract(lambda kind: {"target_modules": "all-linear", "r": 4}, peft="LoraConfig"),
+    PeftType.PREFIX_TUNING: Contract(
+        # PEFT's prefix of an encoder-decoder is wrong
+        lambda kind: {"num_virtual_tokens": 5, "prefix_projection": kind in ("gpt2", "t5")},
+        identity=False,
+        mergeable=False,
+        peft="PrefixTuningConfig",
+        peft_kinds=("llama", "gpt2", "bert", "bloom"),
+    ),  # fmt: skip
     PeftType.PROMPT_TUNING: Contract(
         lambda kind: {"num_virtual_tokens": 5}, identity=False, mergeable=False, peft="PromptTuningConfig"
     ),

@@ -26,6 +26,9 @@ def loud(kind):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
+        if kind == "bloom":  # its head is its embedding: it would only repeat the last token
+            generator = torch.Generator().manual_seed(0)
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 32, generator=generator))
     return model
 
 

@@ -1,4 +1,4 @@
-"""Prompt tuning and P-tuning against installed Hugging Face PEFT: initial values, losses, gradients, files."""
+"""Prompt tuning, P-tuning and prefix tuning against installed Hugging Face PEFT: initial values, losses, gradients, files."""
 
 import warnings
 
@@ -95,3 +95,38 @@ def test_generating_equals_theirs():
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     results = [model.eval().generate(**inputs, **options) for model in (theirs, ours)]
     assert torch.equal(results[1], results[0])
+
+
+PREFIXES = {
+    "flat": {},
+    "projection": {"prefix_projection": True, "encoder_hidden_size": 24},
+    "zero": {"init_weights": "zero"},
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "bert_tokens", "opt", "bloom"])
+def test_prefixes(kind, prefix, tmp_path):
+    theirs, ours = pair(kind, "PrefixTuningConfig", PREFIXES[prefix])
+    mine, expected = trained(ours), trained(theirs)
+    assert set(mine) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(mine[key], value), key
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    scatter(theirs, scale=0.3), scatter(ours, scale=0.3)
+    inputs = batch(kind)
+    inputs["attention_mask"][0, -3:] = 0
+    if inputs["labels"].shape == inputs["input_ids"].shape:
+        inputs["labels"][0, -3:] = -100
+    outputs = [model.eval()(**inputs) for model in (theirs, ours)]
+    torch.testing.assert_close(outputs[1].logits[1], outputs[0].logits[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss, rtol=1e-5, atol=1e-6)
+    for output in outputs:
+        output.loss.backward()
+    for key, value in expected.items():
+        assert (mine[key].grad - value.grad).norm() <= 1e-4 * value.grad.norm() + 1e-9, key
+    theirs.save_pretrained(tmp_path / "theirs"), ours.save_pretrained(tmp_path / "ours")
+    files = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours")]
+    assert set(files[1]) == set(files[0])
+    for key in files[0]:
+        torch.testing.assert_close(files[1][key], files[0][key], rtol=1e-5, atol=1e-6)

@@ -24,11 +24,11 @@ class PTuningMethod(PromptInputMethod):
                     "PromptEncoderConfig: an MLP has three layers; encoder_num_layers is ignored", stacklevel=6
                 )
         with torch.device("cpu"):
-            return _build(config, *self.shape(config))
+            return _build(config, *self.shape(model, config))
 
-    def empty_encoder(self, config: PromptEncoderConfig) -> nn.Module:
+    def empty_encoder(self, model: nn.Module, config: PromptEncoderConfig) -> nn.Module:
         with torch.device("meta"):
-            return _build(config, *self.shape(config))
+            return _build(config, *self.shape(model, config))
 
 
 def _build(config: PromptEncoderConfig, rows: int, width: int) -> PromptEncoder:

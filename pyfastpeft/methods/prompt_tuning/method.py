@@ -16,7 +16,7 @@ class PromptTuningMethod(PromptInputMethod):
     config_class = PromptTuningConfig
 
     def make_encoder(self, model: nn.Module, config: PromptTuningConfig) -> nn.Module:
-        rows, width = self.shape(config)
+        rows, width = self.shape(model, config)
         values = torch.empty(rows, width, device="cpu").normal_()  # drawn even when not used, as PEFT does
         embedding = model.get_input_embeddings()
         if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
@@ -33,7 +33,7 @@ class PromptTuningMethod(PromptInputMethod):
             values = _look_up(embedding, ids.repeat(-(-rows // len(ids)))[:rows])
         return Embeddings(values)
 
-    def empty_encoder(self, config: PromptTuningConfig) -> None:
+    def empty_encoder(self, model: nn.Module, config: PromptTuningConfig) -> None:
         return None
 
 

@@ -1,0 +1,80 @@
+"""Where the attentions of a model are, and what their masks need for a prefix."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pyfastpeft.methods.prompt_learning import forward_names, innermost, is_encoder_decoder
+
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+MASK_NAMES = ("attention_mask", "mask")
+_CROSS = re.compile(r"cross|EncDecAttention|encoder_attn", re.IGNORECASE)
+GROUPS = ("encoder", "decoder", "cross")
+
+
+def find_attentions(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The attentions that a prefix goes to by group, each in the order of the layers.
+
+    An attention is an innermost module whose forward takes a cache and that knows which layer it is of. A decoder, or an
+    encoder alone, has one group, "decoder", without its cross-attentions.
+    """
+    found = innermost(
+        (path, module) for path, module in model.named_modules()
+        if hasattr(module, "layer_idx") and any(name in CACHE_NAMES for name in forward_names(module))
+    )  # fmt: skip
+    if not is_encoder_decoder(model):
+        return {"decoder": [module for path, module in found if not _CROSS.search(_below_root(path))]}
+    encoder = set(model.get_encoder().modules())
+    groups: dict[str, list[nn.Module]] = {name: [] for name in GROUPS}
+    for path, module in found:
+        group = "encoder" if module in encoder else ("cross" if _CROSS.search(_below_root(path)) else "decoder")
+        groups[group].append(module)
+    return {group: modules for group, modules in groups.items() if modules}
+
+
+def _below_root(path: str) -> str:
+    return path.rpartition(".layers.")[2] or path
+
+
+def extended_mask(mask: torch.Tensor | None, rows: int, module: nn.Module, queries: int, cache: Any) -> Any:
+    """The attention's mask with `rows` more keys in front, all to be seen.
+
+    None stays None where it means that all is seen. Where it means causal attention (torch's, aligned to the first key)
+    the mask is written out: [1, 1, T, v + keys].
+    """
+    if mask is None:
+        flash = "flash" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+        if queries == 1 or flash or not getattr(module, "is_causal", True):
+            return None  # FlashAttention aligns causal attention to the last key
+        keys = queries if cache is None else _key_count(cache, queries, module)
+        device = next(module.parameters()).device
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+        return F.pad(seen, (rows, 0), value=True)[None, None]
+    if not isinstance(mask, torch.Tensor):
+        raise NotImplementedError(
+            f"prefix tuning cannot lengthen a {type(mask).__name__}; load the model with attn_implementation='sdpa' or "
+            "'eager'"
+        )
+    if mask.dtype == torch.bool:
+        return F.pad(mask, (rows, 0), value=True)
+    return F.pad(mask, (rows, 0), value=1 if mask.dim() == 2 else 0)  # a 2-D mask keeps, a 4-D one is added
+
+
+def _key_count(cache: Any, queries: int, module: nn.Module) -> int:
+    half = getattr(cache, "self_attention_cache", cache)
+    return half.get_mask_sizes(queries, module.layer_idx)[0]
+
+
+def extended_alibi(alibi: torch.Tensor, rows: int, module: nn.Module) -> torch.Tensor:
+    """ALiBi [B · heads, 1, keys] with `rows` more keys before position 0, at -rows … -1 (BLOOM, Falcon)."""
+    build = sys.modules[type(module).__module__].build_alibi_tensor
+    slopes = build(torch.ones(1, 2, device=alibi.device), module.num_heads, torch.float32)[:, :, 1]  # [heads, 1]
+    places = torch.arange(-rows, 0, device=alibi.device)
+    front = (slopes * places).repeat(len(alibi) // len(slopes), 1)[:, None]
+    return torch.cat([front.to(alibi.dtype), alibi], dim=2)

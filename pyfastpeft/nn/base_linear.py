@@ -84,6 +84,11 @@ class BaseLinear:
             return self._add_lora(self.module(x), x, lora_a, lora_b, scaling, dropout_p, seed)
         return self._fused_lora(x, lora_a, lora_b, scaling, dropout_p, seed)
 
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [R, K] -> rows Wᵀ [R, N] in the base's dtype, without the bias and without autograd."""
+        weight = self._weight().detach()
+        return nn.functional.linear(rows.to(weight.dtype), weight)
+
     def forward_scaled(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """(x Wᵀ + bias) · scale with scale [N] ((IA)³); result in the dtype the module gives."""
         return scaled(self.module(x), scale)
@@ -227,6 +232,10 @@ class _NF4Base(BaseLinear):
 
     def _fused_lora(self, x, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
         return self.module.forward_lora(x, lora_a, lora_b, scaling, dropout_p, seed)
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """As for a dense base, by the 4-bit matmul."""
+        return ops.linear_4bit(rows.detach().to(self.weight_dtype), self.module.quantized)
 
     def forward_scaled(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """As for a dense base, the scale multiplied in by the op of the 4-bit matmul."""

@@ -283,8 +283,8 @@ CONFIGS = {
         ValueError,
     ),
     "not supported": (
-        lambda t: t.replace('"use_dora": false', '"use_dora": true'),
-        "use_dora=True",
+        lambda t: t.replace('"use_qalora": false', '"use_qalora": true'),
+        "use_qalora=True",
         NotImplementedError,
     ),
     "other targets": (

@@ -50,6 +50,14 @@ class AdaLoraConfig(LoraConfig):
                 hint = "; the initial rank is init_r" if name == "r" else ""
                 warnings.warn(f"AdaLoraConfig: {name} counts for nothing in AdaLoRA{hint}", stacklevel=3)
 
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        if not isinstance(self.init_lora_weights, bool):
+            raise ValueError(f"AdaLoraConfig: init_lora_weights is {self.init_lora_weights!r}, expected True or False")
+
+    def _unsupported(self) -> frozenset[str]:
+        return super()._unsupported() | {"use_dora", "loftq_config"}
+
     def _check_ranks(self) -> None:
         if self.total_step is None:
             raise ValueError(

@@ -17,6 +17,7 @@ from pyfastpeft.methods.checks import (
     check_strings,
     names_to_set,
 )
+from pyfastpeft.methods.lora.initial import check_init
 
 BIAS_MODES = ("none", "all", "lora_only")
 
@@ -36,7 +37,11 @@ class LoraConfig(PeftConfig):
     bias               which biases train: "none", "all" of the model's, "lora_only": those of the adapted layers
     use_rslora         s = lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)
     modules_to_save    modules trained whole and saved with the adapter; SEQ_CLS and TOKEN_CLS add "classifier", "score"
-    init_lora_weights  True: A kaiming_uniform(a=sqrt(5)), B = 0; "gaussian": A ~ N(0, 1/r), B = 0; False: both random
+    init_lora_weights  True: A kaiming_uniform(a=sqrt(5)), B = 0; "gaussian": A ~ N(0, 1/r), B = 0; False: both random;
+                       "orthogonal"; "pissa", "pissa_niter_N", "olora", "loftq": from the base's weight, which gives up
+                       its share (methods/lora/initial.py)
+    loftq_config       {"loftq_bits": 4, "loftq_iter": number of alternations} for "loftq"
+    use_dora           DoRA: lengths and directions of the rows of W + s B A train apart (methods/lora/layer.py)
     layers_to_transform   indices of the layers to adapt, for a list of target_modules
     layers_pattern     the name before the index ("layers", "h"); None: any
     rank_pattern, alpha_pattern   {name or regular expression: r or lora_alpha} for some of the layers
@@ -117,7 +122,7 @@ class LoraConfig(PeftConfig):
 
     def _refuse_unsupported(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name not in _UNSUPPORTED:
+            if field.name not in self._unsupported():
                 continue
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             value = getattr(self, field.name)
@@ -129,11 +134,28 @@ class LoraConfig(PeftConfig):
                     "field out"
                 )
         init = self.init_lora_weights
-        if not isinstance(init, bool) and not (isinstance(init, str) and init.lower() == "gaussian"):
+        if not check_init(init):
             raise NotImplementedError(
-                f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False and "
-                "'gaussian'"
+                f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False, 'gaussian', "
+                "'orthogonal', 'pissa', 'pissa_niter_N', 'olora' and 'loftq'"
             )
+        check_flags(self, "use_dora")
+        self._check_loftq()
+
+    def _check_loftq(self) -> None:
+        config, owner = self.loftq_config, type(self).__name__
+        if self.init_lora_weights != "loftq":
+            if config:
+                raise ValueError(f"{owner}: loftq_config goes with init_lora_weights='loftq', which is not set")
+            return
+        config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config or {})
+        self.loftq_config = config = {"loftq_bits": 4, "loftq_iter": 1} | config
+        if set(config) - {"loftq_bits", "loftq_iter"} or config["loftq_bits"] != 4:
+            raise ValueError(f"{owner}: loftq_config is {config}, expected loftq_bits=4 (NF4) and loftq_iter")
+        check_integers(self, 1, **{"loftq_config['loftq_iter']": config["loftq_iter"]})
+
+    def _unsupported(self) -> frozenset[str]:
+        return _UNSUPPORTED
 
     def _check_ranks(self) -> None:
         check_integers(self, 1, r=self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()})
@@ -190,7 +212,7 @@ class LoraConfig(PeftConfig):
 
 
 _UNSUPPORTED = frozenset(
-    """megatron_config megatron_core trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora
+    """megatron_config megatron_core trainable_token_indices eva_config corda_config lora_ga_config
     velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
     lora_bias target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
 )

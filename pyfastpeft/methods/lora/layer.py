@@ -2,13 +2,20 @@
 
     y = x Wᵀ + b + Σ_adapters s · dropout(x) Aᵀ Bᵀ          x [..., K], W [N, K], A [R, K], B [N, R], y [..., N]
 
-One op computes it (ops.linear_lora or ops.linear_4bit, as the base chooses). A and B are kept in fp32 and rounded to
+DoRA (Liu et al. 2024, arXiv:2402.09353) scales every output by m [N] over the length of its row of W + s B A:
+
+    y = g ⊙ (x Wᵀ + s · dropout(x) Aᵀ Bᵀ) + b          g = m / ‖W + s B A‖_row, the norm without a gradient (section 4.3)
+    ‖w + s b A‖² = ‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ for a row w of W and b of B
+
+so that a step needs A Wᵀ, R rows through the base's own matmul, and neither W + s B A nor a dequantised W; ‖w‖² is kept.
+PEFT drops inputs of x Wᵀ too in training; here dropout acts on the low-rank path alone, as it does without DoRA.
+
+One op computes (ops.linear_lora or ops.linear_4bit, as the base chooses). A and B are kept in fp32 and rounded to
 the compute dtype inside the op, so a bf16 activation stays bf16.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -16,6 +23,8 @@ from torch import nn
 
 from pyfastpeft.methods.base import MethodLayer
 from pyfastpeft.methods.lora.config import LoraConfig
+from pyfastpeft.methods.lora.initial import draw_weights, take_from_base, takes_from_base
+from pyfastpeft.nn.base_linear import scaled
 
 
 class LoraLinear(MethodLayer):
@@ -31,9 +40,12 @@ class LoraLinear(MethodLayer):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()  # DoRA's m; an adapter without it is plain LoRA
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.taken: set[str] = set()  # adapters whose first values were taken out of the base's weight
+        self._row_norms: tuple[tuple, torch.Tensor] | None = None
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -45,7 +57,8 @@ class LoraLinear(MethodLayer):
         base = self.base
         wide = torch.promote_types(base.weight_dtype, torch.float32) if fp32 else base.weight_dtype
         # drawn on the CPU, so that a seed gives the same adapter on every device
-        a, b = draw_weights(self.in_features, self.out_features, rank, config.init_lora_weights if init else None)
+        kind = config.init_lora_weights if init else None
+        a, b = draw_weights(self.in_features, self.out_features, rank, True if takes_from_base(kind) else kind)
         for modules, weight in ((self.lora_A, a), (self.lora_B, b)):
             with torch.device("meta"):
                 projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -54,6 +67,39 @@ class LoraLinear(MethodLayer):
             modules[name] = projection.train(self.training)
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
         self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, config.scaling(rank, alpha)
+        if config.use_dora:
+            self.lora_magnitude_vector[name] = _Magnitude(
+                torch.empty(self.out_features, dtype=wide, device=base.device)
+            )
+            if init:
+                self.reset_magnitude(name)
+
+    @torch.no_grad()
+    def take_from_base(self, name: str, config: LoraConfig, path: str, keep_adapter: bool = False) -> float:
+        """A, B and the base's weight as init_lora_weights (pissa, olora, loftq) has them; see initial.py.
+
+        keep_adapter   change the base only: A and B come from a file
+        Returns the relative error of what the base stores.
+        """
+        base = self.base
+        if config.init_lora_weights == "loftq" and base.is_quantized:
+            raise ValueError(
+                f"{path}: init_lora_weights='loftq' needs the original weight, this one is quantised already"
+            )
+        a, b, rest = take_from_base(
+            base.get_weight(torch.float32),
+            self.r[name],
+            self.scaling[name],
+            config.init_lora_weights,
+            config.loftq_config,
+        )
+        error = base.set_weight(rest)
+        self.taken.add(name)
+        if not keep_adapter:
+            self.lora_A[name].weight.copy_(a), self.lora_B[name].weight.copy_(b)
+            if name in self.lora_magnitude_vector:
+                self.reset_magnitude(name)
+        return error
 
     def held_adapters(self) -> list[str]:
         return list(self.lora_A)
@@ -61,12 +107,16 @@ class LoraLinear(MethodLayer):
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.lora_A:
             return {}
-        return {"lora_A.weight": self.lora_A[name].weight, "lora_B.weight": self.lora_B[name].weight}
+        tensors = {"lora_A.weight": self.lora_A[name].weight, "lora_B.weight": self.lora_B[name].weight}
+        if name in self.lora_magnitude_vector:
+            tensors["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
+        return tensors
 
     def remove_adapter(self, name: str) -> None:
         if name in self.merged_adapters:
             self.unmerge()
-        for held in (self.lora_A, self.lora_B, self.lora_dropout, self.r, self.lora_alpha, self.scaling):
+        modules = (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector)
+        for held in (*modules, self.r, self.lora_alpha, self.scaling):
             if name in held:  # all of them, unless adding it failed half-way
                 del held[name]
         self.active = tuple(other for other in self.active if other != name)
@@ -76,6 +126,8 @@ class LoraLinear(MethodLayer):
         if not self.active or not self.enabled or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
         base, active = self.base, self.active
+        if any(name in self.lora_magnitude_vector for name in active):
+            return self._forward_dora(base, x)
         if len(active) == 1:
             return base.forward_lora(x, *self.factors(active[0]), self._dropout_p(active[0]))
         dropping = [name for name in active if self._dropout_p(name) > 0.0]
@@ -101,6 +153,50 @@ class LoraLinear(MethodLayer):
         b = torch.cat([b * scaling for _, b, scaling in factors], dim=1)
         return base.forward_lora(x, a, b, 1.0, 0.0)
 
+    def _forward_dora(self, base, x: torch.Tensor) -> torch.Tensor:
+        """Each adapter's own y, of which all but one count only by how they differ from the base's."""
+        y = None
+        for name in self.active:
+            one = base.forward_lora(x, *self.factors(name), self._dropout_p(name))
+            if name in self.lora_magnitude_vector:
+                gain = self.lora_magnitude_vector[name].weight / self.row_norms(name)
+                one = scaled(one, gain)
+                if base.bias is not None:  # which is not scaled
+                    one = one + ((1 - gain) * base.bias).to(one.dtype)
+            y = one if y is None else y + one
+        return y if len(self.active) == 1 else y - (len(self.active) - 1) * self.base_layer(x)
+
+    @torch.no_grad()
+    def row_norms(self, name: str) -> torch.Tensor:
+        """‖W + s B A‖ of every row [N], in fp32 or wider, by the identity above."""
+        a, b, scaling = self.factors(name)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        a, b = a.to(wide), b.to(wide)
+        projected = self.base.project(a).to(wide)  # A Wᵀ [R, N]
+        cross = (projected * b.T).sum(0)
+        own = ((b @ (a @ a.T)) * b).sum(1)
+        squares = self._base_square_norms().to(wide) + 2 * scaling * cross + scaling**2 * own
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def _base_square_norms(self) -> torch.Tensor:
+        """‖w‖² of every row of W [N]; computed once, and again when the weight was written."""
+        if torch.compiler.is_compiling() and self._row_norms is not None:
+            return self._row_norms[1]
+        weight = self.base_layer.weight
+        key = None if torch.compiler.is_compiling() else (id(weight), weight._version, weight.device, weight.dtype)
+        if key is None or self._row_norms is None or self._row_norms[0] != key:
+            wide = torch.promote_types(self.base.weight_dtype, torch.float32)
+            squares = self.base.get_weight(wide).square().sum(1)
+            if key is None:
+                return squares
+            self._row_norms = key, squares
+        return self._row_norms[1]
+
+    @torch.no_grad()
+    def reset_magnitude(self, name: str) -> None:
+        """m = ‖W + s B A‖_row: y is then what it is without m."""
+        self.lora_magnitude_vector[name].weight.copy_(self.row_norms(name))
+
     @torch.no_grad()
     def reinitialise(self, name: str) -> None:
         """A is drawn anew and B = 0, in place; the weights they made are someone else's affair (ReLoRA merges them)."""
@@ -121,6 +217,11 @@ class LoraLinear(MethodLayer):
         """W + Σ s · B A, summed in fp32 and not yet rounded to what the base stores."""
         deltas = [self.get_delta_weight(name) for name in names]
         weight = self.base.get_weight(deltas[0].dtype)
+        for i, name in enumerate(names):
+            if name in self.lora_magnitude_vector:  # g (W + s B A) − W
+                whole = weight + deltas[i]
+                gain = self.lora_magnitude_vector[name].weight.detach() / whole.norm(dim=1).clamp_min(1e-38)
+                deltas[i] = gain[:, None] * whole - weight
         return sum(deltas, start=weight), None
 
     def extra_repr(self) -> str:
@@ -128,23 +229,9 @@ class LoraLinear(MethodLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {{{ranks}}}, active={self.active}"
 
 
-def draw_weights(
-    in_features: int, out_features: int, rank: int, init: bool | str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, K] and B [N, R] in fp32 on the CPU, uninitialised when init is None.
+class _Magnitude(nn.Module):
+    """DoRA's m as a module, so that its name in a state dict is PEFT's: lora_magnitude_vector.<adapter>.weight."""
 
-    The draws from torch's generator are PEFT's, one for one (it makes two nn.Linear and then initialises A again), so
-    a seed gives both libraries the same adapters.
-    """
-    a, b = torch.empty(rank, in_features, device="cpu"), torch.empty(out_features, rank, device="cpu")
-    if init is None:
-        return a, b
-    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-    if isinstance(init, str):
-        nn.init.normal_(a, std=1 / rank)
-    elif init:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    if init:
-        nn.init.zeros_(b)
-    return a, b
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)

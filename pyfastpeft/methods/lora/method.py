@@ -7,9 +7,11 @@ import warnings
 import torch
 from torch import nn
 
+from pyfastpeft.inject import tied_targets
 from pyfastpeft.methods.base import PeftType, bare_modules
 from pyfastpeft.methods.layer_method import LayerMethod
 from pyfastpeft.methods.lora.config import LoraConfig
+from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
 from pyfastpeft.methods.lora.targets import default_target_modules
 
@@ -27,6 +29,39 @@ class LoraMethod(LayerMethod):
     def check_targets(self, config: LoraConfig, targets: dict[str, nn.Module], strict: bool) -> None:
         for name, keys in config.unused_patterns(list(targets)).items():
             warnings.warn(f"LoraConfig: {name} has {keys}, which match none of the adapted layers", stacklevel=3)
+
+    def inject(self, model: nn.Module, config: LoraConfig, adapter_name: str, *, init: bool, **how) -> LoraConfig:
+        config = super().inject(model, config, adapter_name, init=init, **how)
+        if init and takes_from_base(config.init_lora_weights):
+            self._take_from_base(model, config, adapter_name, keep_adapter=False)
+        return config
+
+    def _take_from_base(self, model: nn.Module, config: LoraConfig, adapter_name: str, keep_adapter: bool) -> None:
+        """Changes the base as init_lora_weights says. Holds a copy of the weights meanwhile, for the case of an error."""
+        layers, undo, errors = self._layers(model, adapter_name), [], {}
+        for path, other in tied_targets(model, dict(layers)):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the weight of {path}, which is {other}'s too; leave "
+                f"{path} out of target_modules"
+            )
+        try:
+            for path, layer in layers.items():
+                if layer.merged_adapters:
+                    raise RuntimeError(f"{path} has merged adapters; unmerge_adapter() first")
+                undo.append((layer, layer.base.snapshot_weight()))
+                errors[path] = layer.take_from_base(adapter_name, config, path, keep_adapter)
+        except BaseException:
+            for layer, weight in undo:
+                layer.base.restore_weight(weight)
+                layer.taken.discard(adapter_name)
+            raise
+        lost = [error for path, error in errors.items() if layers[path].base.is_quantized]
+        if lost:
+            warnings.warn(
+                f"init_lora_weights={config.init_lora_weights!r}: what is left of {len(lost)} weights was quantised again, "
+                f"which changed it by {sum(lost) / len(lost):.2%} on average, relative to its norm",
+                stacklevel=4,
+            )
 
     def resume_tensors(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
         """The weights of the layers whose base ReLoRA has changed, as their state dicts have them."""
@@ -57,6 +92,10 @@ class LoraMethod(LayerMethod):
 
     def finish_loading(self, model: nn.Module, config: LoraConfig, adapter_name: str, live, resume) -> None:
         layers = self._layers(model, adapter_name)
+        if not resume and takes_from_base(config.init_lora_weights):
+            # the file holds A and B alone: the original base gives up their first values once more, unless it has
+            if not any(adapter_name in layer.taken for layer in layers.values()):
+                self._take_from_base(model, config, adapter_name, keep_adapter=True)
         for path in _paths(resume):
             layers[path].base_layer.load_state_dict(_below(resume, path), strict=False)
             layers[path].base_changed = True

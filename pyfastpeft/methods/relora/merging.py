@@ -36,6 +36,8 @@ def merge_and_reinit(model: nn.Module, adapter_names: Iterable[str] | None = Non
     for path, layer in layers:
         if getattr(layer, "reinitialise", None) is None:
             raise ValueError(f"merge_and_reinit: {path} is a {type(layer).__name__}, expected adapters of LoraConfig")
+        if any(name in layer.lora_magnitude_vector for name in names):
+            raise ValueError(f"merge_and_reinit: {path} has a DoRA adapter, whose m would have to start again with it")
         if layer.merged_adapters:
             raise RuntimeError(f"merge_and_reinit: {path} has merged adapters; unmerge_adapter() first")
         try:

@@ -1,0 +1,97 @@
+"""DoRA and the initial values taken from the base, against installed Hugging Face PEFT."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+import pyfastpeft as pf
+from tests.methods.contract import scatter
+from tests.methods.models import TASK, batch, build
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def pair(kind, **config):
+    models = []
+    for library in (peft, pf):
+        base = build(kind)
+        torch.manual_seed(5)
+        models.append(library.get_peft_model(base, library.LoraConfig(task_type=TASK[kind], r=4, **config)))
+    return models
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_dora(kind, tmp_path):
+    theirs, ours = pair(
+        kind, use_dora=True, target_modules="all-linear", bias="lora_only" if kind == "gpt2" else "none"
+    )
+    trainable = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    assert set(mine) == set(trainable)
+    for name, expected in trainable.items():
+        torch.testing.assert_close(mine[name], expected, rtol=1e-6, atol=1e-7, msg=name)
+    results = []
+    for library, model in ((peft, theirs), (pf, ours)):
+        scatter(model)
+        output = model.train()(**batch(kind))
+        output.loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        model.save_pretrained(tmp_path / library.__name__)
+        merged = model.eval().merge_and_unload()(**batch(kind)).logits
+        results.append({"logits": output.logits, "merged": merged} | gradients)
+    for name, expected in results[0].items():
+        torch.testing.assert_close(
+            results[1][name], expected, rtol=1e-3, atol=2e-5 * expected.abs().max().item() + 1e-8, msg=name
+        )
+    files = [tmp_path / lib / "adapter_model.safetensors" for lib in ("peft", "pyfastpeft")]
+    from safetensors.torch import load_file
+
+    assert {k: v.shape for k, v in load_file(files[0]).items()} == {k: v.shape for k, v in load_file(files[1]).items()}
+    for library, folder in ((peft, "pyfastpeft"), (pf, "peft")):
+        loaded = library.PeftModel.from_pretrained(build(kind), tmp_path / folder).eval()
+        torch.testing.assert_close(loaded(**batch(kind)).logits, results[0]["logits"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_initial_values_and_files(init, tmp_path):
+    theirs, ours = pair("llama", init_lora_weights=init, lora_alpha=12, target_modules=["q_proj", "down_proj"])
+    mine = dict(ours.named_parameters())
+    for name, expected in theirs.named_parameters():
+        torch.testing.assert_close(mine[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    scatter(theirs), scatter(ours)
+    expected = theirs.eval()(**batch("llama")).logits
+    torch.testing.assert_close(ours.eval()(**batch("llama")).logits, expected, rtol=1e-3, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs"), ours.save_pretrained(tmp_path / "ours")
+    texts = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours")]
+    for text in texts:
+        text["target_modules"] = sorted(text["target_modules"])
+    assert texts[0] == texts[1]
+    for library, folder in ((peft, "ours"), (pf, "theirs"), (pf, "ours")):
+        loaded = library.PeftModel.from_pretrained(build("llama"), tmp_path / folder).eval()
+        torch.testing.assert_close(loaded(**batch("llama")).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_loraplus():
+    from peft.optimizers import create_loraplus_optimizer
+
+    theirs, ours = pair("gpt2", target_modules=["c_attn"], bias="lora_only")
+    options = {"lr": 1e-3, "loraplus_lr_ratio": 8, "loraplus_weight_decay": 0.1}
+    optimizers = [
+        create_loraplus_optimizer(theirs, torch.optim.AdamW, **options),
+        pf.optim.create_loraplus_optimizer(ours, torch.optim.AdamW, **options),
+    ]
+    sides = []
+    for model, optimizer in zip((theirs, ours), optimizers, strict=True):
+        names = {id(p): n for n, p in model.named_parameters()}
+        sides.append({names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]})
+    assert sides[0] == sides[1] and len(sides[0]) == 6

@@ -10,6 +10,7 @@ from torch import nn
 
 import pyfastpeft as pf
 from pyfastpeft.methods.lora import LoraLinear
+from pyfastpeft.methods.lora.initial import take_from_base
 from tests.methods.contract import scatter
 from tests.methods.models import TASK, batch, build
 from tests.methods.test_targets import assert_unchanged, snapshot
@@ -293,3 +294,12 @@ def test_loraplus_groups(cls):
         pf.optim.create_loraplus_optimizer(model, cls, lr=1e-3, loraplus_lr_ratio=0)
     with pytest.raises(ValueError, match="no trainable parameters"):
         pf.optim.create_loraplus_optimizer(model.requires_grad_(False), cls, lr=1e-3, loraplus_lr_ratio=1)
+
+
+def test_loftq_comes_nearer_with_every_alternation():
+    weight = torch.randn(96, 64)
+    distances = []
+    for iterations in (1, 2, 5):
+        a, b, quantized = take_from_base(weight, 8, 3.0, "loftq", {"loftq_bits": 4, "loftq_iter": iterations})
+        distances.append((quantized + 3.0 * b @ a - weight).norm().item())
+    assert distances[0] > distances[1] > distances[2]

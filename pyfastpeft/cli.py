@@ -116,7 +116,9 @@ def finetune(
     output: Annotated[
         _Text, _option("Folder for the adapter, checkpoints, metrics.csv, loss.png, run.json.", JOB)
     ] = None,
-    method: Annotated[str, _option("qlora (4-bit base), lora, adalora, ia3 or relora.", JOB)] = "qlora",
+    method: Annotated[
+        str, _option("qlora (4-bit base), lora, adalora, ia3, relora, bitfit, prompt, p_tuning or prefix.", JOB)
+    ] = "qlora",
     demo: Annotated[
         bool, _option("The whole job offline on the packaged small model, in minutes.", JOB, "--demo")
     ] = False,
@@ -132,6 +134,12 @@ def finetune(
         Optional[bool],  # noqa: UP045
         _option("Quantise the base to 4 bits on load (default: for qlora).", ADAPTER),
     ] = None,
+    virtual_tokens: Annotated[int, _option("prompt, p_tuning, prefix: how many.", ADAPTER)] = 20,
+    prompt_text: Annotated[_Text, _option("prompt: start from the embeddings of this text.", ADAPTER)] = None,
+    prompt_encoder: Annotated[str, _option("p_tuning: mlp or lstm.", ADAPTER)] = "mlp",
+    prefix_projection: Annotated[
+        bool, _option("prefix: train embeddings and an MLP.", ADAPTER, "--prefix-projection")
+    ] = False,
     restart_every: Annotated[_Int, _option("relora: steps between restarts (default: five a run).", ADAPTER)] = None,
     blocksize: Annotated[int, _option("Values per quantisation block.", ADAPTER)] = 64,
     quant_type: Annotated[str, _option("nf4 or fp4.", ADAPTER)] = "nf4",

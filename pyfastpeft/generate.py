@@ -141,6 +141,8 @@ def generate_text(
     longest = maximum_length(base.model.config)
     new_tokens = config.max_new_tokens
     if longest is not None:
+        configs = getattr(model, "peft_config", {}).values()
+        longest -= sum(getattr(config, "num_virtual_tokens", 0) for config in configs)
         if len(ids) >= longest:
             raise ConfigError(f"--prompt: {len(ids)} tokens do not fit the model's {longest} positions; shorten it")
         new_tokens = min(new_tokens, longest - len(ids))

@@ -10,7 +10,8 @@ from typing import Any
 
 from pyfastpeft.finetune.errors import ConfigError
 
-METHODS = ("qlora", "lora", "adalora", "ia3", "relora")
+METHODS = ("qlora", "lora", "adalora", "ia3", "relora", "bitfit", "prompt", "p_tuning", "prefix")
+VIRTUAL_TOKEN_METHODS = ("prompt", "p_tuning", "prefix")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,11 +41,17 @@ class FinetuneConfig:
     method                  "lora"; "qlora": the same on a 4-bit base; "adalora": ranks allocated between the layers,
                             `rank` on average in the end; "relora": LoRA that is merged and started again every
                             restart_every steps, on the jagged cosine schedule; "ia3": scales of activations (usual
-                            learning rate: 3e-3)
+                            learning rate: 3e-3); "bitfit": biases, created where there are none; "prompt", "p_tuning",
+                            "prefix": virtual tokens among the inputs, computed by a small network, or as keys and
+                            values in every layer (usual learning rates: 0.3, 1e-3, 1e-2)
     quantize                quantise the base to 4 bits on load; None: for qlora alone
     rank, alpha, dropout, rslora, target_modules, modules_to_save    as LoraConfig's fields (target_modules: "auto":
-                            all-linear, the architecture's usual ones for ia3; "all-linear"; module names with commas
+                            all-linear, the architecture's usual ones for ia3, every bias for bitfit; "all-linear"; module names with commas
                             between them; or a regular expression)
+    virtual_tokens          prompt, p_tuning, prefix: how many
+    prompt_text             prompt: start from the embeddings of this text; None: of tokens drawn at random
+    prompt_encoder          p_tuning: "mlp" or "lstm"
+    prefix_projection       prefix: train embeddings and an MLP instead of the keys and values themselves
     restart_every           relora: optimizer steps between two restarts; None: a fifth of the run
     blocksize, quant_type, double_quant                              of the 4-bit base
     learning_rate, schedule, warmup_steps | warmup_ratio, min_lr_ratio    peak; shape after warm-up; linear warm-up;
@@ -86,6 +93,10 @@ class FinetuneConfig:
     blocksize: int = 64
     quant_type: str = "nf4"
     double_quant: bool = True
+    virtual_tokens: int = 20
+    prompt_text: str | None = None
+    prompt_encoder: str = "mlp"
+    prefix_projection: bool = False
     restart_every: int | None = None
     learning_rate: float = 2e-4
     schedule: str = "cosine"
@@ -133,7 +144,8 @@ class FinetuneConfig:
         _one_of(self, "dtype", DTYPES)
         _one_of(self, "blocksize", BLOCKSIZES)
         _one_of(self, "quant_type", ("nf4", "fp4"))
-        for name in ("rank", "batch_size", "gradient_accumulation", "keep_last"):
+        _one_of(self, "prompt_encoder", ("mlp", "lstm"))
+        for name in ("rank", "virtual_tokens", "batch_size", "gradient_accumulation", "keep_last"):
             _integer(self, name, 1)
         for name in ("max_steps", "threads", "sequence_length", "restart_every"):
             if getattr(self, name) is not None:
@@ -155,6 +167,9 @@ class FinetuneConfig:
         self._validate_paging()
         if self.method == "qlora" and self.quantize is False:
             raise ConfigError("--method qlora is LoRA on a 4-bit base: --no-quantize contradicts it; use --method lora")
+        for name, method in (("prompt_text", "prompt"), ("prefix_projection", "prefix")):
+            if getattr(self, name) and self.method != method:
+                raise ConfigError(f"{option(name)} is an option of --method {method}, this is {self.method}")
         if self.restart_every is not None and self.method != "relora":
             raise ConfigError(f"--restart-every is an option of --method relora, this is {self.method}")
         if self.resume_from is not None and self.overwrite:
@@ -194,12 +209,23 @@ class FinetuneConfig:
         """Whether the base is quantised on load."""
         return trained_quantized(self.to_dict())
 
+    @property
+    def added_tokens(self) -> int:
+        """Positions of the model that virtual tokens take."""
+        return self.virtual_tokens if self.method in VIRTUAL_TOKEN_METHODS else 0
+
+    def size_in_words(self) -> str:
+        """The method's size for titles: its rank or its number of virtual tokens."""
+        if self.method in VIRTUAL_TOKEN_METHODS:
+            return f"{self.virtual_tokens} virtual tokens"
+        return self.method if self.method in ("ia3", "bitfit") else f"rank {self.rank}"
+
     def targets(self) -> str | list[str] | None:
         """`target_modules` as the method's config takes it: a list of names, one string (all-linear, a regular
         expression), or None for the architecture's usual ones."""
         text = self.target_modules.strip()
         if text == "auto":
-            return None if self.method == "ia3" else "all-linear"
+            return None if self.method in ("ia3", "bitfit") else "all-linear"
         if text == "all-linear" or any(character in text for character in r"\*+?[](){}|^$"):
             return text
         return [name.strip() for name in text.split(",") if name.strip()]

@@ -69,6 +69,11 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _of_the_text(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The logits without those of virtual tokens, which come first."""
+    return logits[:, logits.shape[1] - labels.shape[1] :]
+
+
 @torch.no_grad()
 def mean_loss(
     model: torch.nn.Module,
@@ -90,7 +95,7 @@ def mean_loss(
             batch = sequences.batch(list(range(begin, min(begin + batch_size, len(sequences)))), pad)
             labels = batch.pop("labels").to(device)
             logits = model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False).logits
-            total += summed_loss(logits, labels).item()
+            total += summed_loss(_of_the_text(logits, labels), labels).item()
             count += int((labels != IGNORED).sum())
     finally:
         model.train(was_training)
@@ -203,7 +208,7 @@ class TrainingLoop:
             logits = self.model(
                 **{name: value.to(self.device) for name, value in batch.items()}, use_cache=False
             ).logits
-            loss = summed_loss(logits, labels) / targets
+            loss = summed_loss(_of_the_text(logits, labels), labels) / targets
             total_loss += loss.detach()
             if penalty is not None:  # once a step, with the first of its batches; no part of the loss that is shown
                 loss, penalty = loss + penalty, None

@@ -48,6 +48,37 @@ def _ia3(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> Pe
     return IA3Config(target_modules=config.targets(), **common)
 
 
+def _bitfit(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> PeftConfig:
+    from pyfastpeft import BitFitConfig
+
+    return BitFitConfig(target_modules=config.targets(), **common)
+
+
+def _prompt(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> PeftConfig:
+    from pyfastpeft import PromptTuningConfig, PromptTuningInit
+
+    start: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
+    if config.prompt_text is not None:
+        start = {"prompt_tuning_init": PromptTuningInit.TEXT, "prompt_tuning_init_text": config.prompt_text}
+        start["tokenizer_name_or_path"] = config.model
+    return PromptTuningConfig(num_virtual_tokens=config.virtual_tokens, **start, **common)
+
+
+def _p_tuning(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> PeftConfig:
+    from pyfastpeft import PromptEncoderConfig
+
+    kind = config.prompt_encoder.upper()
+    return PromptEncoderConfig(num_virtual_tokens=config.virtual_tokens, encoder_reparameterization_type=kind, **common)
+
+
+def _prefix(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> PeftConfig:
+    from pyfastpeft import PrefixTuningConfig
+
+    return PrefixTuningConfig(
+        num_virtual_tokens=config.virtual_tokens, prefix_projection=config.prefix_projection, **common
+    )
+
+
 def _low_rank(config: FinetuneConfig) -> dict[str, Any]:
     alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     return {"lora_alpha": alpha, "lora_dropout": config.dropout, "target_modules": config.targets()}
@@ -55,8 +86,12 @@ def _low_rank(config: FinetuneConfig) -> dict[str, Any]:
 
 _CONFIGS: dict[str, Callable[[FinetuneConfig, int, dict[str, Any]], PeftConfig]] = {
     "adalora": _adalora,
+    "bitfit": _bitfit,
     "ia3": _ia3,
     "lora": _lora,
+    "p_tuning": _p_tuning,
+    "prefix": _prefix,
+    "prompt": _prompt,
     "qlora": _lora,
     "relora": _lora,
 }

@@ -109,14 +109,20 @@ def maximum_length(config: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def sequence_length(requested: int | None, config: Any) -> int:
-    """The sequence length to train with; ConfigError where it goes beyond the model's."""
+def sequence_length(requested: int | None, config: Any, added: int = 0) -> int:
+    """The sequence length to train with, without `added` virtual tokens; ConfigError where both together go beyond the
+    model's."""
     longest = maximum_length(config)
+    if longest is not None and added:
+        longest -= added
+        if longest < 2:
+            raise ConfigError(f"--virtual-tokens: {added} leave no room in the model's {longest + added} positions")
     if requested is None:
         return min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
     if longest is not None and requested > longest:
         raise ConfigError(
-            f"--sequence-length: expected at most {longest}, the model's max_position_embeddings, got {requested}"
+            f"--sequence-length: expected at most {longest}, the model's max_position_embeddings"
+            f"{f' less {added} virtual tokens' if added else ''}, got {requested}"
         )
     return requested
 

@@ -52,7 +52,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
     output = OutputFolder(config)
     note(*output.open())
     model_config = read_model_config(config.model)
-    length = sequence_length(config.sequence_length, model_config)
+    length = sequence_length(config.sequence_length, model_config, config.added_tokens)
     device, device_notes = choose_device(config.device)
     note(*device_notes)
     dtype = choose_dtype(config.dtype, device)
@@ -129,7 +129,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         if complete:
             output.save_adapter(save_adapter)
         plot = output.path / PLOT
-        draw_losses(plot, metrics.rows, f"{config.method} on {Path(config.data).name}, rank {config.rank}")
+        draw_losses(plot, metrics.rows, f"{config.method} on {Path(config.data).name}, {config.size_in_words()}")
     state = output.state
     if config.optimizer.startswith("paged_"):
         note(_paging_note(optimizer.memory_report()))
@@ -241,7 +241,7 @@ def _introduce(
     )
     heldout = f", {len(data.heldout)} held out" if data.heldout else ""
     for line in (
-        f"{config.method} on {config.model}: {quantised}{resolved['dtype']} on {device}, rank {config.rank}, "
+        f"{config.method} on {config.model}: {quantised}{resolved['dtype']} on {device}, {config.size_in_words()}, "
         f"{count:,} trainable parameters",
         f"{len(data.train)} sequences of up to {resolved['sequence_length']} tokens{heldout}; "
         f"{resolved['total_steps']} steps "

@@ -83,7 +83,7 @@ def test_targets(text, expected):
 
 def test_what_the_method_decides():
     assert FinetuneConfig("m", "d", "o").targets() == "all-linear"
-    assert FinetuneConfig("m", "d", "o", method="ia3").targets() is None
+    assert all(FinetuneConfig("m", "d", "o", method=m).targets() is None for m in ("ia3", "bitfit"))
     assert [FinetuneConfig("m", "d", "o", method=m).quantized for m in ("qlora", "lora", "ia3")] == [True, False, False]
     assert FinetuneConfig("m", "d", "o", method="adalora", quantize=True).quantized
     with pytest.raises(ConfigError, match="--no-quantize contradicts it"):

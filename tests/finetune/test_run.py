@@ -106,8 +106,20 @@ def test_adapter_loads_in_peft_with_the_same_loss(make_config, tiny_model):
         {"method": "adalora"},
         {"method": "ia3", "quantize": True},
         {"method": "relora", "restart_every": 2},
+        {"method": "p_tuning", "prompt_encoder": "lstm", "packing": False},
     ],
-    ids=["plain", "8bit", "paged", "epochs", "bf16-checkpointing-padded", "fp16-scaled", "adalora", "ia3", "relora"],
+    ids=[
+        "plain",
+        "8bit",
+        "paged",
+        "epochs",
+        "bf16-checkpointing-padded",
+        "fp16-scaled",
+        "adalora",
+        "ia3",
+        "relora",
+        "p_tuning",
+    ],
 )
 def test_resumed_run_is_the_same_run_bit_for_bit(make_config, uninterrupted, monkeypatch, options):
     whole = uninterrupted(**options)
@@ -451,6 +463,34 @@ def test_other_methods_train_and_merge(make_config, tiny_model, tmp_path, method
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(torch.arange(9)[None]).logits, whole, rtol=1e-4, atol=1e-4)
+
+
+METHODS = {
+    "bitfit": {"quantize": True},
+    "prompt": {"prompt_text": "a text", "virtual_tokens": 7},
+    "p_tuning": {"virtual_tokens": 3, "gradient_checkpointing": True},
+    "prefix": {"virtual_tokens": 4, "prefix_projection": True, "quantize": True},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_do_not_adapt_layers(make_config, tiny_model, tmp_path, method):
+    from pyfastpeft.generate import GenerateConfig, Generator
+    from pyfastpeft.merge import MergeConfig, merge
+
+    result = finetune(make_config(method=method, max_steps=8, learning_rate=0.05, **METHODS[method]))
+    assert result.losses[-1] < result.losses[0]
+    config = json.loads((result.output / "adapter_config.json").read_text())
+    kind = {"prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}.get(method, method.upper())
+    assert config["peft_type"] == kind
+    generator = Generator(GenerateConfig(str(tiny_model), str(result.output), greedy=True, max_new_tokens=60))
+    longest = 64 - METHODS[method].get("virtual_tokens", 0)
+    assert len(generator("pack my ")) <= longest - 8 + 60 and generator.model.peft_config
+    if method != "bitfit":
+        with pytest.raises(ValueError, match="virtual tokens are no part of any weight"):
+            merge(MergeConfig(str(tiny_model), str(result.output), str(tmp_path / "merged")))
+        with pytest.raises(ConfigError, match="expected at most .*less .* virtual tokens, got 64"):
+            finetune(make_config(method=method, sequence_length=64, overwrite=True, **METHODS[method]))
 
 
 def finetune_logits(folder, adapter):

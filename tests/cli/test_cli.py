@@ -81,10 +81,12 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch, tmp_path):
         "dtype": "float16", "seed": 8, "eval_data": "e", "eval_fraction": 0.2, "eval_every": 11, "save_every": 12,
         "keep_last": 13, "resume": True, "resume_from": "r", "optimizer": "paged_adamw8bit", "weight_decay": 0.3,
         "max_grad_norm": 0.7, "device": "cpu", "threads": 2, "log_seconds": 3.5, "optimizer_memory": "2GB",
-        "spill_dir": str(tmp_path),
+        "spill_dir": str(tmp_path), "virtual_tokens": 6, "prompt_encoder": "lstm",
     }  # fmt: skip
     fields = set(FinetuneConfig("m", "d", "o").to_dict())
-    assert set(values) | {"model", "data", "output", "overwrite"} == fields
+    others = {"prompt": {"prompt_text": "a"}, "prefix": {"prefix_projection": True}}  # refused with another method
+    named = {name for more in others.values() for name in more}
+    assert set(values) | named | {"model", "data", "output", "overwrite"} == fields
     flags = []
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
@@ -96,6 +98,10 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch, tmp_path):
     assert seen.pop() == FinetuneConfig("m", "d", "o", **values)
     call(*required, "--overwrite")
     assert seen.pop().overwrite
+    call(*required, "--method", "prompt", "--prompt-text", "a")
+    assert seen.pop() == FinetuneConfig("m", "d", "o", method="prompt", **others["prompt"])
+    call(*required, "--method", "prefix", "--prefix-projection")
+    assert seen.pop() == FinetuneConfig("m", "d", "o", method="prefix", **others["prefix"])
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ from pyfastpeft.finetune.schedule import learning_rate_at
         ("save_every", -5),
         ("keep_last", 0),
         ("restart_every", 0),
+        ("virtual_tokens", 0),
+        ("prompt_encoder", "gru"),
+        ("prompt_text", "a"),  # of prompt alone
+        ("prefix_projection", True),  # of prefix alone
         ("optimizer", "sgd"),
         ("optimizer_memory", "2GB"),  # of a paged one alone
         ("spill_dir", "/"),

@@ -107,7 +107,8 @@ def read(file: Path) -> dict:
 
 
 def plot(document: dict, folder: Path) -> list[Path]:
-    """ratios.png: ours over each peer, by row. roofline.png: rows with counted work under the machine's two limits."""
+    """ratios.png: ours over each peer, by row. roofline.png: rows with counted work under the machine's two limits.
+    optimizer_budget.png: a step of a paged optimizer against the memory its state may take."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -159,6 +160,20 @@ def plot(document: dict, folder: Path) -> list[Path]:
         axes.set_title(machine, fontsize=9)
         axes.legend(fontsize=8)
         files.append(_save(figure, folder / "roofline.png"))
+    for r in document["rows"]:
+        if not r.get("budget_curve"):
+            continue
+        points = sorted(r["budget_curve"], key=lambda point: point["share"])
+        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        for name in points[0]:
+            if name != "share":
+                axes.plot([100 * p["share"] for p in points], [p[name] for p in points], "o-", label=name)
+        axes.set_xlabel("share of the optimizer's state that is in memory, %")
+        axes.set_ylabel("seconds per step")
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{r['state_bytes'] / 1e6:.0f} MB of state; {machine}", fontsize=9)
+        axes.legend(fontsize=8)
+        files.append(_save(figure, folder / "optimizer_budget.png"))
     return files
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from pyfastpeft.ops._library import DTYPE_CODES
 from pyfastpeft.ops.adamw import adamw_, standard_maps
 from pyfastpeft.optim.adamw_plan import Plan, make_plan
 from pyfastpeft.optim.adamw_state import state_for
+from pyfastpeft.optim.loading import LoadsStates
 from pyfastpeft.reference.adamw import BLOCK
 
 MIN_8BIT_NUMEL = 4096  # smaller tensors keep fp32 state (formats.md, and bitsandbytes' min_8bit_size)
@@ -40,7 +40,7 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(LoadsStates, torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) in one kernel call per group, with fp32 or 8-bit state.
 
     m ← β1 m + (1 - β1) g;  v ← β2 v + (1 - β2) g²;  p ← (1 - lr·λ) p - lr · m̂ / (sqrt(v̂) + eps)
@@ -67,6 +67,8 @@ class AdamW(torch.optim.Optimizer):
     skipped on infinities without a synchronisation. Gradients must be dense: sparse ones raise RuntimeError.
     """
 
+    _own_options = ("state_bits",)  # the state is converted to it
+    _check_options = staticmethod(_check_options)
     _step_supports_amp_scaling = True  # torch.amp.GradScaler: sets grad_scale and found_inf around step()
 
     def __init__(
@@ -225,65 +227,8 @@ class AdamW(torch.optim.Optimizer):
     def _has_master(p: torch.Tensor, group: dict[str, Any]) -> bool:
         return group["master_weights"] and p.dtype != torch.float32
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class, of torch.optim.AdamW, or of a bitsandbytes AdamW (8- or 32-bit).
-
-        Moments keep or get the precision that the group's state_bits asks for, never the parameter's dtype (torch's own
-        loader would cast 8-bit codes to it). Options the state dict's groups lack (torch's know no state_bits) stay
-        what they are. Tensors are copied. ValueError, before anything has changed, where groups, sizes or keys do not
-        fit.
-        """
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        saved = state_dict["param_groups"]
-        sizes, saved_sizes = ([len(g["params"]) for g in groups] for groups in (self.param_groups, saved))
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"AdamW.load_state_dict: the saved groups have {saved_sizes} parameters, expected {sizes}; build the "
-                "optimizer with the same groups as the saved one"
-            )
-        groups = []
-        for ours, theirs in zip(self.param_groups, saved, strict=True):
-            kept = {"params": ours["params"]} | {k: ours[k] for k in ("param_names",) if k in ours}
-            groups.append({**ours, **theirs, **kept})
-            if "state_bits" in theirs and theirs["state_bits"] != ours["state_bits"]:
-                groups[-1]["state_bits"] = ours["state_bits"]  # the optimizer's own choice; the state is converted
-            _check_options(groups[-1])
-        owners = [(p, g) for g in groups for p in g["params"]]
-        by_id = dict(zip(chain.from_iterable(g["params"] for g in saved), owners, strict=True))
-        known = {key: value for key, value in state_dict["state"].items() if key in by_id}
-        state = self._adopt([(*by_id[key], key, value) for key, value in known.items()])
-        state.update({key: value for key, value in state_dict["state"].items() if key not in known})
-        self.__setstate__({"state": state, "param_groups": groups})
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
-
-    def _adopt(self, saved: list[tuple[torch.Tensor, dict[str, Any], Any, dict[str, Any]]]) -> dict[Any, Any]:
-        """The new `state` from (parameter, its group, key in the state dict, what was saved)."""
-        state: dict[Any, Any] = defaultdict(dict)
-        for p, group, key, value in saved:
-            state[p] = self._converted(p, group, key, value)
-        return state
-
     def _converted(self, p: torch.Tensor, group: dict[str, Any], key: Any, value: dict[str, Any]) -> dict[str, Any]:
         return state_for(
             p, value, key, bits8=self._is_8bit(p, group), master=self._has_master(p, group),
             maps=standard_maps(p.device),
         )  # fmt: skip
-
-    def memory_report(self) -> dict[str, int | float | None]:
-        """Bytes of the state (maps shared between parameters count once). Nothing is paged here: all of it is resident."""
-        tensors = {
-            t.data_ptr(): t.numel() * t.element_size()
-            for state in self.state.values()
-            for t in state.values()
-            if isinstance(t, torch.Tensor)
-        }
-        total = sum(tensors.values())
-        return {
-            "state_bytes": total, "resident_bytes": total, "host_bytes": 0, "spilled_bytes": 0, "budget_bytes": None,
-            "pages_in": 0, "pages_out": 0, "seconds_waited": 0.0,
-        }  # fmt: skip

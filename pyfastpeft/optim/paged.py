@@ -46,6 +46,7 @@ class Call:
         self.numels = array("q", map(op._numel, self.params))
         self.param_dtypes = list(map(op._dtype, self.params))
         self.grad_dtypes = list(map(op._dtype, self.grads))
+        self.device = self.params[0].device
         self.contiguous = all(map(op._is_contiguous, self.params)) and all(map(op._is_contiguous, self.grads))
 
     def renew(self, state: Any) -> bool:
@@ -62,6 +63,7 @@ class Call:
                 and array("q", map(op._numel, params)) == self.numels
                 and all(map(op._is_contiguous, grads))
                 and all(map(op._is_contiguous, params))
+                and {*map(op._device, params), *map(op._device, grads)} == {self.device}
             )
         except (RuntimeError, TypeError):  # a gradient is None, or sparse
             return False
@@ -227,6 +229,11 @@ class PagedOptimizer:
                         "set states by load_state_dict"
                     )
                 grad = p.grad
+                if p.device != state.device:
+                    raise ValueError(
+                        f"{type(self).__name__}: a parameter is on {p.device} and its state on {state.device}; move the "
+                        "model first, then make the optimizer and load the former one's state_dict into it"
+                    )
                 if p.shape != state.shape or not (
                     p.stride() == state.stride or (p.is_contiguous() and p.numel() == state.numel)
                 ):
@@ -273,6 +280,10 @@ class PagedOptimizer:
             raise RuntimeError(
                 f"{title}: the gradient of {name} is sparse ({p.grad.layout}), expected a dense one; use "
                 "nn.Embedding(sparse=False), or torch.optim.SparseAdam for that parameter"
+            )
+        if p.grad.dtype not in (p.dtype, torch.float32):
+            raise TypeError(
+                f"{title}: the gradient of {name} is {p.grad.dtype}, expected float32 or the parameter's {p.dtype}"
             )
         if p.device.type not in ("cpu", "cuda"):
             raise ValueError(f"{title}: {name} is on {p.device}, expected the CPU or a GPU; move it with .to()")

@@ -447,6 +447,12 @@ def test_unusable_options(tmp_path):
     elsewhere.grad = torch.empty(3, device="meta")
     with pytest.raises(ValueError, match="expected the CPU or a GPU"):
         pf.optim.PagedAdamW([elsewhere]).step()
+    moved = pf.optim.PagedAdamW(params, spill_dir=tmp_path)
+    _step(params, moved, 0)
+    moved.state[params[0]].device = torch.device("cuda", 0)  # as if the model had been moved since
+    moved._plan = None
+    with pytest.raises(ValueError, match="move the model first"):
+        _step(params, moved, 1)
     sparse = nn.Embedding(5, 3, sparse=True)
     sparse(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):

@@ -168,8 +168,8 @@ class FinetuneConfig:
         if self.method == "qlora" and self.quantize is False:
             raise ConfigError("--method qlora is LoRA on a 4-bit base: --no-quantize contradicts it; use --method lora")
         for name, method in (("prompt_text", "prompt"), ("prefix_projection", "prefix")):
-            if getattr(self, name) and self.method != method:
-                raise ConfigError(f"{option(name)} is an option of --method {method}, this is {self.method}")
+            value = getattr(self, name)
+            _require(not value or self.method == method, name, f"nothing without --method {method}", value)
         if self.restart_every is not None and self.method != "relora":
             raise ConfigError(f"--restart-every is an option of --method relora, this is {self.method}")
         if self.resume_from is not None and self.overwrite:

@@ -273,6 +273,8 @@ class AdaptedModel(nn.Module):
     def _unwrap(self, merged: bool) -> nn.Module:
         for _, holder in self.holders():
             holder.leave(self.model, merged)
+        for config in self.peft_config.values() if merged else ():
+            method_for(config.peft_type).merged(self.model, config)
         return self.model
 
 

@@ -330,6 +330,9 @@ class Method:
         """What training needs to go on and PEFT's file has no place for; written to a file of its own."""
         return {}
 
+    def merged(self, model: nn.Module, config: PeftConfig) -> None:
+        """Called with the plain model, once its adapter of this config is merged into it for good."""
+
     def loading_tensors(
         self, model: nn.Module, config: PeftConfig, adapter_name: str, resume: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:

@@ -127,6 +127,22 @@ def test_merged_models_are_plain_and_created_biases_stay():
     assert not any(isinstance(module, BitFitLayer) for module in merged.modules())
 
 
+@pytest.mark.parametrize("targets", [None, ["q_proj"], ["down_proj"]])
+def test_merged_biases_survive_saving(targets, tmp_path):
+    model = scatter(bitfit("llama", target_modules=targets))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, "llama"), logits(merged, "llama"))
+    wanted = (targets != ["down_proj"], targets != ["q_proj"])
+    assert (again.config.attention_bias, again.config.mlp_bias) == wanted
+
+
+def test_merged_biases_that_have_no_place_are_said():
+    with pytest.warns(UserWarning, match="12 biases that its architecture has no place for"):
+        bitfit("t5", target_modules=["q", "k"]).merge_and_unload()
+
+
 def test_nan_is_not_merged():
     model = adapted(BITFIT, "gpt2")
     with torch.no_grad():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 
+import torch
 from torch import nn
 
 from pyfastpeft.inject import ALL_LINEAR, excluded, near_misses, output_heads, warn_unused_exclusion
@@ -37,6 +39,59 @@ class BitFitMethod(Method):
                 replace_module(model, module, layer)
         add_saved_modules(model, saved, adapter_name)
         return config
+
+    def merged(self, model: nn.Module, config: PeftConfig) -> None:
+        make_room_for_biases(model)
+
+
+def make_room_for_biases(model: nn.Module) -> None:
+    """Sees to it that biases which an adapter has brought survive saving and loading of a transformers model.
+
+    Where the architecture has switches for biases (Llama's attention_bias and mlp_bias) they are turned on in the
+    model's config, and layers that got none of their own get zeros. Otherwise a warning says that they will be lost.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return
+    have = {name for name, _ in model.named_parameters() if _is_bias(name.rpartition(".")[2])}
+    room = _places_for_biases(model, {})
+    if have <= room:
+        return
+    switches = [name for name in _SWITCHES if getattr(config, name, None) is False]
+    needed = {}
+    for name in switches:
+        if have & (_places_for_biases(model, {name: True}) - room):
+            needed[name] = True
+    room = _places_for_biases(model, needed)
+    lost = sorted(have - room)
+    if lost:
+        warnings.warn(
+            f"the merged {type(model).__name__} has {len(lost)} biases that its architecture has no place for (first: "
+            f"{lost[0]}): transformers would leave them out when it loads the saved model. Keep the adapter instead",
+            stacklevel=6,
+        )
+        return
+    for name, value in needed.items():
+        setattr(config, name, value)
+    for name in sorted(room - have):
+        path, _, parameter = name.rpartition(".")
+        module = model.get_submodule(path)
+        base = as_base_linear(module)
+        zeros = torch.zeros(base.out_features, dtype=base.weight_dtype, device=base.device)
+        module.register_parameter(parameter, nn.Parameter(zeros, requires_grad=False))
+
+
+_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "add_bias_linear", "qkv_bias", "bias")
+
+
+def _places_for_biases(model: nn.Module, settings: dict[str, bool]) -> set[str]:
+    """The names of the biases that a model of this class has with these settings in its config."""
+    config = copy.deepcopy(model.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        skeleton = type(model)(config)
+    return {name for name, _ in skeleton.named_parameters() if _is_bias(name.rpartition(".")[2])}
 
 
 def find_biases(model: nn.Module, config: BitFitConfig, strict: bool) -> dict[str, tuple[nn.Module, list[str]]]:

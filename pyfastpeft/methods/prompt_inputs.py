@@ -242,7 +242,12 @@ class PromptInputs(PromptHolder):
         """A call that goes on from a cache which holds the virtual tokens: they are only missing in the mask."""
         mask, added = given.get("attention_mask"), self.layout.added
         step = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-        if mask is None or mask.dim() != 2 or mask.shape[1] >= cached_length(past) + step.shape[1]:
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {mask.dim()} dimensions; with virtual tokens it must be [batch, tokens]. Call the "
+                "PeftModel's generate(), not the base model's, for a static cache"
+            )
+        if mask is None or mask.shape[1] >= cached_length(past) + step.shape[1]:
             return given
         mask = torch.cat([mask.new_ones(len(mask), added), mask], dim=1)
         new = {"attention_mask": mask}

@@ -99,6 +99,17 @@ def test_generating_from_left_padded_rows(kind, template, options):
     assert torch.equal(model.generate(**longer), model.generate(**inputs, **common))
 
 
+def test_generating_by_the_base_model_itself():
+    """The hooks follow it, in all but a static cache, whose masks are made before they are asked."""
+    model = prompted(base=loud("llama"))
+    inputs = ragged("left") | {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    base, expected = model.get_base_model(), model.generate(**inputs)
+    assert torch.equal(base.generate(**inputs), expected)
+    assert torch.equal(base.generate(**inputs, use_cache=False), expected)
+    with pytest.raises(ValueError, match=r"must be \[batch, tokens\]"):
+        base.generate(**inputs, cache_implementation="static")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_padding_on_either_side_changes_nothing(kind):
     model = scatter(prompted(kind))

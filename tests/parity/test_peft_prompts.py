@@ -87,6 +87,29 @@ def test_initial_values_losses_gradients_and_files(kind, method, tmp_path):
         torch.testing.assert_close(files[1][key], files[0][key], rtol=1e-5, atol=1e-6)
 
 
+TRAINED = {
+    "PromptTuningConfig": {"prompt_tuning_init": "SAMPLE_VOCAB"},
+    "PromptEncoderConfig": {"encoder_reparameterization_type": "LSTM"},
+    "PrefixTuningConfig": {"prefix_projection": True},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_steps_of_training_stay_together(name):
+    losses = []
+    for model in pair("llama", name, TRAINED[name]):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        values = []
+        for _ in range(5):
+            loss = model.train()(**batch("llama")).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.item())
+        losses.append(values)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[1][-1] < losses[1][0]
+
+
 def test_generating_equals_theirs():
     theirs, ours = pair("llama", "PromptTuningConfig", {})
     scatter(theirs, scale=0.3), scatter(ours, scale=0.3)

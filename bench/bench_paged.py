@@ -102,9 +102,11 @@ class Disk:
         self.page, self.pages, self.bytes = page, pages, 2 * page * pages
         self._file = tempfile.TemporaryFile(dir=folder)
         os.posix_fallocate(self._file.fileno(), 0, page * pages)
-        self._buffers = [mmap.mmap(-1, page) for _ in range(THREADS)]  # aligned, as direct transfers must be
-        for buffer in self._buffers:
-            buffer.write(os.urandom(4096) * (page // 4096))
+        # private memory in huge pages, as paged memory's own: in small ones a transfer is cut into many requests
+        memory = mmap.mmap(-1, (THREADS + 1) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.write(os.urandom(4096) * (len(memory) // 4096))
+        self._buffers = [memoryview(memory)[i * page : (i + 1) * page] for i in range(THREADS)]
         self._direct()
         self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
         list(self._pool.map(self._work, range(THREADS)))
@@ -120,7 +122,7 @@ class Disk:
         buffer, file = self._buffers[number], self._file.fileno()
         for i in range(number, self.pages, THREADS):
             os.pwritev(file, [buffer], i * self.page)
-            os.preadv(file, [buffer], (self.pages - 1 - i) * self.page)
+            os.preadv(file, [buffer], (i + self.pages // 2) % self.pages * self.page)
 
     def read_and_write(self) -> None:
         list(self._pool.map(self._work, range(THREADS)))

@@ -53,6 +53,18 @@ def test_lion_is_the_papers():
             torch.testing.assert_close(optimizer.state[q]["exp_avg"].double(), moment, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("cls", "scale"), [(pf.optim.Lion, 1.0), (pf.optim.SGD, 0.5)])
+def test_low_precision_parameters_are_rounded_once_a_step(cls, scale):
+    p = nn.Parameter(torch.ones(300, dtype=torch.bfloat16))
+    optimizer = cls([p], lr=2.0**-6)
+    p.grad = torch.full_like(p, scale)
+    optimizer.step()
+    assert torch.equal(p, torch.full_like(p, 1 - scale * 2.0**-6)), (
+        "the first step is lr times the gradient, or its sign"
+    )
+    assert next(v for k, v in optimizer.state[p].items() if k != "step").dtype == torch.float32
+
+
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.3, "weight_decay": 0.1}, {"nesterov": True, "maximize": True}])
 def test_sgd_is_torchs_and_state_dicts_interchange(tmp_path, options):
     a, b = _params(), _params()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfastpeft.methods.prompt_inputs import PromptInputs
-from pyfastpeft.methods.prompt_learning import embedding_weight, is_encoder_decoder
+from pyfastpeft.methods.prompt_inputs import PromptInputs, mask_positions
+from pyfastpeft.methods.prompt_learning import check_positions, embedding_weight, is_encoder_decoder
 
 _UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
@@ -57,6 +57,8 @@ def generate(model: nn.Module, *args, **kwargs) -> Any:
     order = holder.layout.order(mask)
     kwargs["inputs_embeds"] = holder.insert_prompts(embeds, order)
     kwargs["attention_mask"] = holder.layout.insert(mask, 1, order)
+    length = kwargs["attention_mask"].shape[1]
+    check_positions(holder.limit, length, mask_positions(kwargs["attention_mask"]), holder.layout.added)
     if ids is not None:
         kwargs["input_ids"] = ids
         _lengths_of_the_text(kwargs, settings, ids.shape[1])

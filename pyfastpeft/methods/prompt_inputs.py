@@ -28,10 +28,12 @@ from pyfastpeft.methods.prompt_learning import (
     PromptMethod,
     bind,
     cached_length,
+    check_positions,
     embedding_weight,
     fill_sizes,
     forward_names,
     is_encoder_decoder,
+    position_limit,
 )
 
 IGNORED = -100
@@ -137,6 +139,7 @@ class PromptInputs(PromptHolder):
         super().__init__(place)
         self.layouts: dict[str, Layout] = {}
         self.tasks: dict[str, TaskType | None] = {}
+        self.limit: int | None = None  # positions of the model
         self.started = False  # generate() has put the virtual tokens into the embeddings it starts from
 
     def remove_adapter(self, name: str) -> None:
@@ -219,6 +222,7 @@ class PromptInputs(PromptHolder):
             if given.get("position_ids") is not None:
                 warnings.warn("position_ids are ignored: virtual tokens shift them; they follow the mask", stacklevel=2)
             new["position_ids"] = mask_positions(new["attention_mask"]) if mask is not None and causal else None
+        check_positions(self.limit, new["inputs_embeds"].shape[1], new.get("position_ids"), layout.added)
         return (), given | new
 
     def _labels_are_per_token(self, labels: torch.Tensor | None, text: int) -> bool:
@@ -344,6 +348,7 @@ class PromptInputMethod(PromptMethod):
 
     def add_hooks(self, holder: PromptHolder, model: nn.Module) -> None:
         if not is_encoder_decoder(model):
+            holder.limit = position_limit(model)
             holder.hook(model, "before_model", forward_names(model), is_causal(model))
             return
         encoder, decoder = model.get_encoder(), model.get_decoder()

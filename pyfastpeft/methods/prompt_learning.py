@@ -325,6 +325,31 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions a model with learned ones has; None for rotary, relative and other computed positions."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in (
+            "wpe",
+            "position_embeddings",
+            "embed_positions",
+        ):
+            skipped = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            return module.num_embeddings - skipped
+    return None
+
+
+def check_positions(limit: int | None, total: int, positions: torch.Tensor | None, virtual: int) -> None:
+    """Raises ValueError where virtual tokens push the text beyond the model's positions (on a GPU: an assertion that
+    ends the process). Positions are looked at only if `total`, padding and all, is too long."""
+    if limit is None or total <= limit:
+        return
+    needed = total if positions is None else int(positions.max()) + 1
+    if needed > limit:
+        raise ValueError(
+            f"the text needs {needed} positions with its {virtual} virtual tokens, the model has {limit}; shorten the text"
+        )
+
+
 def forward_names(module: nn.Module) -> list[str]:
     """The names of forward's parameters, without those of *args and **kwargs."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

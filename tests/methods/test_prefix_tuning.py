@@ -197,6 +197,34 @@ def test_a_projection_is_computed_once_while_nothing_trains():
     assert not model(**ragged("left")).logits.requires_grad and len(calls) == 2
 
 
+def test_inference_mode():
+    model = prefixed(prefix_projection=True)
+    expected = logits(model, **ragged("left"))
+    with torch.inference_mode():
+        assert torch.equal(model(**ragged("left")).logits, expected)
+        made_there = prefixed(prefix_projection=True)
+        assert torch.equal(made_there(**ragged("left")).logits, expected)
+    model.base_model.set_requires_grad("default", False)
+    model(inputs_embeds=torch.randn(2, 3, 32, requires_grad=True)).logits.sum().backward()
+
+
+@pytest.mark.parametrize("cls", [pf.PrefixTuningConfig, pf.PromptTuningConfig])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert"])
+def test_learned_positions_end(kind, cls):
+    """64 of them: 60 tokens of text fit beside 4 virtual ones, 61 do not; padding needs no position."""
+    task = "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
+    model = pf.get_peft_model(build(kind), cls(task_type=task, num_virtual_tokens=V)).eval()
+    ids = torch.full((1, 61), 5)
+    model(input_ids=ids[:, :60])
+    with pytest.raises(ValueError, match="needs 65 positions with its 4 virtual tokens, the model has 64"):
+        model(input_ids=ids)
+    if kind != "bert":
+        mask = torch.cat([torch.zeros_like(ids), torch.ones(1, 3, dtype=torch.long)], dim=1)
+        assert torch.isfinite(model(input_ids=torch.ones_like(mask), attention_mask=mask).logits[:, -1]).all()
+        with pytest.raises(ValueError, match="needs 65 positions"):
+            model.generate(input_ids=ids, max_new_tokens=1)
+
+
 def test_a_prefix_of_zeros():
     model = prefixed(init_weights="zero", prefix_projection=True)
     assert not model.base_model.tensors("default")["prompt_encoder.transform.2.weight"].any()

@@ -46,11 +46,13 @@ from pyfastpeft.methods.prompt_learning import (
     PromptMethod,
     bind,
     cached_length,
+    check_positions,
     config_value,
     fill_sizes,
     forward_names,
     is_encoder_decoder,
     is_flat,
+    position_limit,
 )
 
 
@@ -59,6 +61,7 @@ class Prefixes(PromptHolder):
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
+        self.limit: int | None = None  # positions of the model
         self.sizes: dict[str, tuple[int, int, int]] = {}  # v, heads, width of keys
         self._whole: tuple[Any, torch.Tensor] | None = None
 
@@ -86,9 +89,12 @@ class Prefixes(PromptHolder):
         if not frozen or torch.compiler.is_compiling():
             # each attention computes its own part: nothing is shared between layers that are checkpointed
             return encoder.columns(begin, end)
+        if any(p.is_inference() for p in encoder.parameters()):
+            return encoder.columns(begin, end)  # they do not say when they change
         state = [(id(p), p._version, p.data_ptr(), p.dtype) for p in encoder.parameters()]
         if self._whole is None or self._whole[0] != state:
-            self._whole = state, encoder().detach()
+            with torch.inference_mode(False), torch.no_grad():
+                self._whole = state, encoder()
         return self._whole[1][:, begin:end]
 
     def before_attention(
@@ -121,15 +127,18 @@ class Prefixes(PromptHolder):
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if positions is None and inputs is not None:
-            length = inputs.shape[1]
+        if inputs is None:
+            return None
+        length = inputs.shape[1]
+        if positions is None:
             if causal and mask is not None and mask.dim() == 2:
                 positions = mask_positions(mask)[:, -length:]
             else:
                 past = cached_length(given.get("past_key_values"))
                 positions = (torch.arange(length, device=inputs.device) + past)[None].expand(len(inputs), -1)
             positions = positions + offset
-        return (), given | {"position_ids": None if positions is None else positions + rows}
+        check_positions(self.limit, rows + length, positions + rows - offset, rows)
+        return (), given | {"position_ids": positions + rows}
 
 
 class PrefixTuningMethod(PromptMethod):
@@ -224,6 +233,7 @@ class PrefixTuningMethod(PromptMethod):
             first += len(modules)
         names = forward_names(model)
         if not is_encoder_decoder(model) and "position_ids" in names:
+            holder.limit = position_limit(model)
             holder.hook(model, "before_model", names, _first_position(model), is_causal(model))
 
 

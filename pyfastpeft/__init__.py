@@ -30,6 +30,7 @@ from pyfastpeft.peft_model import (
 )
 from pyfastpeft.quantize_model import dequantize_model, quantize_model
 from pyfastpeft.quantized_tensor import QuantizedTensor
+from pyfastpeft.status import get_layer_status, get_model_status
 
 __all__ = [
     "AdaLoraConfig",
@@ -54,6 +55,8 @@ __all__ = [
     "TaskType",
     "build_info",
     "dequantize_model",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "load_quantized_state_dict",
     "nn",

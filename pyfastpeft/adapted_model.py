@@ -43,6 +43,43 @@ class AdaptedModel(nn.Module):
         terms = [term for term in terms if term is not None]
         return sum(terms[1:], start=terms[0]) if terms else None
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds an adapter made of others, frozen and inactive, with PEFT's arguments.
+
+        combination_type      linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, and these four with _svd
+                              behind them; what each does: methods/lora/combine.py
+        svd_rank, svd_clamp   of the _svd ones: the new rank (None: the highest of the adapters'), and the quantile at
+                              which its values are cut off
+        density               the share of entries that pruning keeps
+        majority_sign_method  of the ties ones: "total" of the values or "frequency" of their signs
+        svd_full_matrices, svd_driver   accepted for PEFT's sake, without effect
+
+        Raises ValueError, with nothing added, for arguments or adapters that do not go together.
+        """
+        for name in adapters:
+            self.check_known(name)
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already; choose another name or delete it first")
+        methods = {self.peft_config[name].peft_type for name in adapters}
+        if len(methods) != 1:
+            raise ValueError(f"add_weighted_adapter: the adapters are of {sorted(methods)}, expected one method")
+        method_for(methods.pop()).add_weighted_adapter(
+            self, adapters, weights, adapter_name, combination_type, svd_rank, svd_clamp, density, majority_sign_method
+        )
+
     def update_and_allocate(self, global_step: int) -> None:
         """AdaLoRA's allocation by hand, after backward() and before zero_grad(), as in PEFT. From the first call on
         nothing is allocated by itself any more."""

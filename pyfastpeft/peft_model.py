@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfastpeft import checkpoint, prompt_model
+from pyfastpeft import checkpoint, prompt_model, status
 from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
 from pyfastpeft.methods.registry import method_for
@@ -167,6 +167,14 @@ class PeftModel(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The state of every adapted layer: see pyfastpeft.status."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The state of the model's adapters: see pyfastpeft.status."""
+        return status.get_model_status(self)
 
     def save_pretrained(
         self,

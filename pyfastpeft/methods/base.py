@@ -304,6 +304,10 @@ class Method:
     def update_and_allocate(self, model: nn.Module, adapter_name: str, step: int) -> None:
         """What the method does by hand after optimizer step `step`, before the gradients are dropped."""
 
+    def add_weighted_adapter(self, adapted: Any, adapters: list[str], weights: list[float], name: str, *how) -> None:
+        """Adds an adapter made of others; see AdaptedModel.add_weighted_adapter."""
+        raise ValueError(f"adapters of {self.peft_type.value} cannot be combined")
+
     def to_file(self, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> Mapping[str, torch.Tensor]:
         """What a file holds of tensors(); config is the one that goes into the file and may be changed."""
         return tensors

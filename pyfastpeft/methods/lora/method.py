@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 from pyfastpeft.inject import tied_targets
 from pyfastpeft.methods.base import PeftType, bare_modules
 from pyfastpeft.methods.layer_method import LayerMethod
+from pyfastpeft.methods.lora.combine import KINDS, check_combination, combine_factors
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
 from pyfastpeft.methods.lora.targets import default_target_modules
+from pyfastpeft.saved_modules import ModulesToSaveWrapper
 
 
 class LoraMethod(LayerMethod):
@@ -63,6 +66,46 @@ class LoraMethod(LayerMethod):
                 stacklevel=4,
             )
 
+    def add_weighted_adapter(self, adapted, adapters, weights, name, kind, svd_rank, clamp, density, sign) -> None:
+        configs = [adapted.peft_config[each] for each in adapters]
+        kind = check_combination(len(adapters), weights, kind, density, sign)
+        if any(config.use_dora for config in configs):
+            raise ValueError("add_weighted_adapter: DoRA adapters have no sum; merge_adapter() them one by one")
+        layers = {p: m for each in adapters for p, m in self._layers(adapted.model, each).items()}
+        # in the model's order, with each layer's own adapters
+        held = {path: [each for each in adapters if each in layer.lora_A] for path, layer in layers.items()}
+        ranks = {path: [layers[path].r[each] for each in names] for path, names in held.items()}
+        if kind in KINDS and any(len(set(each)) > 1 for each in ranks.values()):
+            raise ValueError(
+                f"add_weighted_adapter: {kind} needs adapters of equal ranks, these have "
+                f"{[config.r for config in configs]}; use 'cat' or a kind with svd"
+            )
+        highest = max(max(each) for each in ranks.values())
+        rank = max(map(sum, ranks.values())) if kind == "cat" else highest
+        rank = (svd_rank or highest) if kind.endswith("svd") else rank
+        saved = [each for each in adapters if _saved(adapted, each)]
+        if len(saved) > 1:
+            raise ValueError(f"add_weighted_adapter: {saved} each have modules_to_save, which cannot be combined")
+        factors = {}
+        for path, names in held.items():
+            layer, own = layers[path], [weights[adapters.index(each)] for each in names]
+            parts = [layer.factors(each) for each in names]
+            factors[path] = combine_factors(parts, own, kind, rank, density, sign, clamp)
+        config = dataclasses.replace(
+            configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False, bias="none",
+            init_lora_weights=True, loftq_config={}, layers_to_transform=None, layers_pattern=None, exclude_modules=None,
+            target_modules=set(layers), modules_to_save=adapted.peft_config[saved[0]].modules_to_save if saved else None,
+            inference_mode=True,
+        )  # fmt: skip
+        wide = next(iter(layers.values())).adapter_tensors(held[next(iter(layers))][0])["lora_A.weight"].dtype
+        adapted.add_adapter(name, config, fp32=wide in (torch.float32, torch.float64), init=False)
+        with torch.no_grad():
+            for path, layer in self._layers(adapted.model, name).items():
+                a, b = factors[path]
+                layer.lora_A[name].weight.copy_(a), layer.lora_B[name].weight.copy_(b)
+            for source, target in zip(_saved(adapted, saved[0]) if saved else (), _saved(adapted, name), strict=True):
+                target.copy_(source)
+
     def resume_tensors(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
         """The weights of the layers whose base ReLoRA has changed, as their state dicts have them."""
         tensors = {}
@@ -103,6 +146,12 @@ class LoraMethod(LayerMethod):
     def _layers(self, model: nn.Module, adapter_name: str) -> dict[str, LoraLinear]:
         holders = ((path, m) for path, m in bare_modules(model) if isinstance(m, self.layer_class))
         return {path: layer for path, layer in holders if adapter_name in layer.held_adapters()}
+
+
+def _saved(adapted, name: str) -> list[torch.Tensor]:
+    """The tensors of an adapter's modules_to_save, in the model's order."""
+    holders = (holder for _, holder in adapted.holders() if isinstance(holder, ModulesToSaveWrapper))
+    return [tensor for holder in holders for tensor in holder.adapter_tensors(name).values()]
 
 
 def _weight_state(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -288,6 +289,23 @@ def test_a_state_larger_than_memory_can_be_saved(tmp_path):
     for params, optimizer in ((a, plain), (b, paged)):
         _step(params, optimizer, 1)
     _same(a, b, plain, paged)
+
+
+def test_the_process_grows_by_the_budget_and_not_by_the_state(tmp_path):
+    def anonymous():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) << 10
+
+    params = _params(shapes=[(2_000_000,)] * 4)
+    paged = pf.optim.PagedAdamW(params, resident_bytes="4MiB", spill_dir=tmp_path)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = anonymous()
+    for _ in range(3):
+        paged.step()
+    report = paged.memory_report()
+    assert report["state_bytes"] > 64_000_000 and anonymous() - before < report["budget_bytes"] + (8 << 20)
+    saved = paged.state_dict()  # in files, which the system may drop from memory
+    assert anonymous() - before < report["budget_bytes"] + (8 << 20) and len(saved["state"]) == 4
 
 
 def test_interchange_with_torch(tmp_path):

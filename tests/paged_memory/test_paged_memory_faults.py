@@ -3,6 +3,10 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -159,6 +163,27 @@ def test_two_in_one_folder(tmp_path, content):
         for i, pages in enumerate(both):
             assert pages.is_all(page, 10 * i + page + 1)
     assert os.listdir(tmp_path) == []
+
+
+def test_two_processes_in_one_folder(tmp_path, content):
+    pages = content(_memory(tmp_path, 2, 8))
+    for page in range(8):
+        pages.put(page, page + 1)
+    script = f"""
+    import ctypes
+    from pyfastpeft.paged_memory import PagedMemory
+    memory = PagedMemory(8192, {str(tmp_path)!r}, page_bytes=4096)
+    memory.add_pages(8)
+    for cycle in range(3):
+        for page in range(8):
+            address = memory.acquire(page)
+            assert ctypes.string_at(address, 4096) == bytes([100 + page if cycle else 0]) * 4096
+            ctypes.memset(address, 100 + page, 4096)
+            memory.release(page, True)
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, "PYTHONPATH": root})
+    assert done.returncode == 0 and _intact(pages, 8) and os.listdir(tmp_path) == []
 
 
 def test_spill_error_is_an_os_error():

@@ -4,6 +4,8 @@
 is Linear4bit in eval mode, which on a CPU with AVX-512 BF16 repacks the weight in place (a copy of its own here) and is
 fast for few tokens; rows beyond EVAL_TOKENS leave it out, as its time grows with the tokens. "dense" is F.linear on an
 unquantised weight: what a 4-bit layer gives up or gains for its memory. Backward is to x alone, as in a frozen layer.
+"+ LoRA" adds a low-rank path of rank 16: ours with fp32 adapters inside the op, the others' as two F.linear in x's dtype,
+their fastest.
 """
 
 import torch
@@ -11,26 +13,53 @@ from torch.nn.functional import linear
 
 import pyfastpeft as pf
 
-N = K = 4096
-TOKENS = (1, 4, 16, 64, 128, 512, 2048)
+SHAPES = ((4096, 4096), (14336, 4096))  # N, K; the second's packed bytes do not fit most caches
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+LORA_TOKENS = (1, 16, 512)
+RANK = 16
 EVAL_TOKENS = 128
 
 
 def run(suite) -> None:
     bnb = suite.peer("bitsandbytes")
-    weight = torch.randn(N, K) * 0.02
-    for dtype in suite.pick((torch.bfloat16, torch.float32), (torch.bfloat16,)):
-        dense = weight.to(dtype)
-        q = pf.ops.quantize_4bit(dense, 64, double_quant=True)
-        truth = pf.ops.dequantize_4bit(q, dtype=torch.float32)
-        theirs, eval_layer = (None, None) if bnb is None else (_training_path(bnb, dense), _eval_layer(bnb, dense))
-        for M in suite.pick(TOKENS, (1, 16, 128, 512)):
-            _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer)
+    for N, K in suite.pick(SHAPES, SHAPES[:1]):
+        weight = torch.randn(N, K) * 0.02
+        for dtype in suite.pick((torch.bfloat16, torch.float32), (torch.bfloat16,)):
+            dense = weight.to(dtype)
+            q = pf.ops.quantize_4bit(dense, 64, double_quant=True)
+            truth = pf.ops.dequantize_4bit(q, dtype=torch.float32)
+            theirs, eval_layer = (None, None) if bnb is None else (_training_path(bnb, dense), _eval_layer(bnb, dense))
+            for M in suite.pick(TOKENS if N == K else (1, 16, 512), (1, 16, 128, 512)):
+                _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer)
+            for M in suite.pick(LORA_TOKENS, ()):
+                _lora_rows(suite, M, dtype, dense, q, theirs, eval_layer)
+
+
+def _lora_rows(suite, M, dtype, dense, q, theirs, eval_layer) -> None:
+    N, K = dense.shape
+    x, a, b = torch.randn(M, K).to(dtype), torch.randn(RANK, K) / K**0.5, torch.randn(N, RANK)
+    narrow_a, narrow_b = a.to(dtype), b.to(dtype)
+
+    def adapted(layer):
+        return layer and (lambda: layer(x) + linear(linear(x, narrow_a), narrow_b))
+
+    with torch.no_grad():
+        suite.compare(
+            f"{'' if N == K else f'{N} x {K} '}M {M} {str(dtype).removeprefix('torch.')} forward + LoRA",
+            {
+                "ours": lambda: pf.ops.linear_4bit(x, q, None, a, b),
+                "bitsandbytes": adapted(theirs),
+                "bitsandbytes eval": adapted(eval_layer) if M <= EVAL_TOKENS else None,
+                "dense": adapted(lambda t: linear(t, dense)),
+            },
+            flops=2 * M * (N * K + RANK * (N + K)), dtype=dtype, M=M, N=N, K=K,
+        )  # fmt: skip
 
 
 def _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer) -> None:
+    N, K = dense.shape
     x, grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-    name = f"M {M} {str(dtype).removeprefix('torch.')}"
+    name = f"{'' if N == K else f'{N} x {K} '}M {M} {str(dtype).removeprefix('torch.')}"
 
     def check():
         for inputs in (x[:64], torch.nn.functional.gelu(x[:64])):  # the second's mean is not zero: biases show
@@ -77,6 +106,8 @@ def _training_path(bnb, weight):
 
 
 def _eval_layer(bnb, weight):
-    layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4"
+    )
     layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
     return layer.to("cpu").eval()

@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -104,11 +105,11 @@ def measure(candidates: dict[str, Callable[[], object]], rounds: int, quick: boo
     if quick:
         rounds = max(3, min(rounds, int(QUICK_ROW_SECONDS / cycle)))
     samples: dict[str, list[float]] = {name: [] for name in timed}
-    order = list(timed)
+    order, shuffle = list(timed), random.Random(0)
     for _ in range(rounds):
         for name in order:
             samples[name].append(sample(timed[name], repeats[name]))
-        order = order[1:] + order[:1]  # nobody always follows the same neighbour
+        shuffle.shuffle(order)  # nobody always follows the same neighbour, and finds the cache as that one left it
     medians = {name: statistics.median(values) for name, values in samples.items()}
     ours = medians[first]
     return {

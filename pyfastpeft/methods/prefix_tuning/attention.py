@@ -26,7 +26,7 @@ def find_attentions(model: nn.Module) -> dict[str, list[nn.Module]]:
     """
     found = innermost(
         (path, module) for path, module in model.named_modules()
-        if hasattr(module, "layer_idx") and any(name in CACHE_NAMES for name in forward_names(module))
+        if layer_number(module) is not None and any(name in CACHE_NAMES for name in forward_names(module))
     )  # fmt: skip
     if not is_encoder_decoder(model):
         return {"decoder": [module for path, module in found if not _CROSS.search(_below_root(path))]}
@@ -36,6 +36,11 @@ def find_attentions(model: nn.Module) -> dict[str, list[nn.Module]]:
         group = "encoder" if module in encoder else ("cross" if _CROSS.search(_below_root(path)) else "decoder")
         groups[group].append(module)
     return {group: modules for group, modules in groups.items() if modules}
+
+
+def layer_number(module: nn.Module) -> int | None:
+    """Which layer an attention says it is of; None for other modules."""
+    return getattr(module, "layer_idx", getattr(module, "layer_id", None))
 
 
 def _below_root(path: str) -> str:
@@ -62,17 +67,23 @@ def extended_mask(mask: torch.Tensor | None, rows: int, module: nn.Module, queri
             "'eager'"
         )
     if mask.dtype == torch.bool:
-        return F.pad(mask, (rows, 0), value=True)
+        hides = type(module).__module__.endswith("modeling_mpt")  # whose masks are true where nothing is to be seen
+        return F.pad(mask, (rows, 0), value=not hides)
     return F.pad(mask, (rows, 0), value=1 if mask.dim() == 2 else 0)  # a 2-D mask keeps, a 4-D one is added
 
 
 def _key_count(cache: Any, queries: int, module: nn.Module) -> int:
     half = getattr(cache, "self_attention_cache", cache)
-    return half.get_mask_sizes(queries, module.layer_idx)[0]
+    return half.get_mask_sizes(queries, layer_number(module))[0]
 
 
 def extended_alibi(alibi: torch.Tensor, rows: int, module: nn.Module) -> torch.Tensor:
-    """ALiBi [B · heads, 1, keys] with `rows` more keys before position 0, at -rows … -1 (BLOOM, Falcon)."""
+    """ALiBi [B · heads, 1, keys] with `rows` more keys before position 0, at -rows … -1 (BLOOM)."""
+    if alibi.dim() != 3:
+        raise NotImplementedError(
+            f"prefix tuning does not know how {type(module).__name__} uses ALiBi; use prompt tuning, or a method that "
+            "adapts layers"
+        )
     build = sys.modules[type(module).__module__].build_alibi_tensor
     slopes = build(torch.ones(1, 2, device=alibi.device), module.num_heads, torch.float32)[:, :, 1]  # [heads, 1]
     places = torch.arange(-rows, 0, device=alibi.device)

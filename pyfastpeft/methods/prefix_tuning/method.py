@@ -33,6 +33,7 @@ from pyfastpeft.methods.prefix_tuning.attention import (
     extended_alibi,
     extended_mask,
     find_attentions,
+    layer_number,
 )
 from pyfastpeft.methods.prefix_tuning.cache import prefixed
 from pyfastpeft.methods.prefix_tuning.config import PrefixTuningConfig
@@ -239,7 +240,7 @@ class PrefixTuningMethod(PromptMethod):
 
 def _layer_indices(modules: list[nn.Module], below: int | None = None) -> list[int] | None:
     """The layers that the attentions say they are of; None if these are no different numbers (below a limit)."""
-    indices = [module.layer_idx for module in modules]
+    indices = [layer_number(module) for module in modules]
     good = all(isinstance(i, int) and (below is None or i < below) for i in indices) and len(set(indices)) == len(
         indices
     )

@@ -271,6 +271,43 @@ def test_relora_and_adalora_refuse_dora():
         pf.AdaLoraConfig(total_step=3, init_lora_weights="pissa")
 
 
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
+def test_lora_bias(quantize, tmp_path):
+    base = nn.ModuleDict({"with": nn.Linear(24, 20), "without": nn.Linear(24, 20, bias=False)})
+    config = pf.LoraConfig(target_modules=["with", "without"], r=3, lora_alpha=5, lora_bias=True)
+    if quantize:
+        base = pf.quantize_model(base, skip=())
+    originals = copy.deepcopy(base)
+    model = scatter(pf.get_peft_model(base, config))
+    x = torch.randn(4, 24, requires_grad=True)
+    for name in ("with", "without"):
+        layer = model.get_base_model()[name]
+        b = layer.lora_B["default"]
+        expected = layer.base_layer(x) + 5 / 3 * (x @ layer.lora_A["default"].weight.T @ b.weight.T + b.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        assert copy.deepcopy(layer).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        layer(x).sum().backward()
+        torch.testing.assert_close(b.bias.grad, torch.full((20,), 4 * 5 / 3))
+    before = {name: layer(x) for name, layer in model.get_base_model().items()}
+    model.save_pretrained(tmp_path)
+    again = pf.PeftModel.from_pretrained(copy.deepcopy(originals), tmp_path)
+    assert all(torch.equal(again.get_base_model()[name](x), y) for name, y in before.items())
+    with pytest.raises(
+        ValueError, match="without: an adapter with lora_bias cannot be merged into a layer that has no bias"
+    ):
+        model.merge_adapter()
+    layer = model.get_base_model()["with"]
+    bias = layer.bias.detach().clone()
+    layer.merge(["default"], keep_snapshot=True)
+    assert (layer(x) - before["with"]).norm() < (0.2 if quantize else 1e-5) * before["with"].norm()
+    torch.testing.assert_close(layer.bias, bias + 5 / 3 * layer.lora_B["default"].bias)
+    layer.unmerge()
+    assert torch.equal(layer.bias, bias)
+    for wrong in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(ValueError, match="lora_bias goes with"):
+            pf.LoraConfig(lora_bias=True, **wrong)
+
+
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, pf.optim.AdamW], ids=["torch", "ours"])
 def test_loraplus_groups(cls):
     config = pf.LoraConfig(r=2, target_modules=["c_attn"], bias="lora_only", use_dora=True)

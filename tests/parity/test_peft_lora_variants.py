@@ -95,3 +95,20 @@ def test_loraplus():
         names = {id(p): n for n, p in model.named_parameters()}
         sides.append({names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]})
     assert sides[0] == sides[1] and len(sides[0]) == 6
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_lora_bias(init, tmp_path):
+    theirs, ours = pair("gpt2", target_modules=["c_attn", "c_fc"], lora_bias=True, init_lora_weights=init)
+    trainable = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    assert set(mine) == set(trainable) and all(torch.equal(mine[n], p) for n, p in trainable.items())
+    scatter(theirs), scatter(ours)
+    expected = theirs.eval()(**batch("gpt2")).logits
+    torch.testing.assert_close(ours.eval()(**batch("gpt2")).logits, expected, rtol=1e-4, atol=2e-5)
+    theirs.save_pretrained(tmp_path / "theirs"), ours.save_pretrained(tmp_path / "ours")
+    for library, folder in ((peft, "ours"), (pf, "theirs")):
+        loaded = library.PeftModel.from_pretrained(build("gpt2"), tmp_path / folder).eval()
+        torch.testing.assert_close(loaded(**batch("gpt2")).logits, expected, rtol=1e-4, atol=2e-5)
+    merged = [model.merge_and_unload()(**batch("gpt2")).logits for model in (theirs, ours)]
+    torch.testing.assert_close(merged[1], merged[0], rtol=1e-4, atol=2e-5)

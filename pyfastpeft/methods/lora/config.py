@@ -41,6 +41,7 @@ class LoraConfig(PeftConfig):
                        "orthogonal"; "pissa", "pissa_niter_N", "olora", "loftq": from the base's weight, which gives up
                        its share (methods/lora/initial.py)
     loftq_config       {"loftq_bits": 4, "loftq_iter": number of alternations} for "loftq"
+    lora_bias          B has a bias [N] of its own, scaled by s like the rest; merging needs a base with a bias
     use_dora           DoRA: lengths and directions of the rows of W + s B A train apart (methods/lora/layer.py)
     layers_to_transform   indices of the layers to adapt, for a list of target_modules
     layers_pattern     the name before the index ("layers", "h"); None: any
@@ -139,7 +140,12 @@ class LoraConfig(PeftConfig):
                 f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False, 'gaussian', "
                 "'orthogonal', 'pissa', 'pissa_niter_N', 'olora' and 'loftq'"
             )
-        check_flags(self, "use_dora")
+        check_flags(self, "use_dora", "lora_bias")
+        if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
+            raise ValueError(
+                f"{type(self).__name__}: lora_bias goes with init_lora_weights True or False and without use_dora; "
+                f"these are {init!r} and {self.use_dora}"
+            )
         self._check_loftq()
 
     def _check_loftq(self) -> None:
@@ -214,7 +220,7 @@ class LoraConfig(PeftConfig):
 _UNSUPPORTED = frozenset(
     """megatron_config megatron_core trainable_token_indices eva_config corda_config lora_ga_config
     velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
-    lora_bias target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
+    target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
 )
 
 

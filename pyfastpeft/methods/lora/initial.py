@@ -52,6 +52,20 @@ def draw_weights(
     return a, b
 
 
+def draw_with_bias(
+    in_features: int, out_features: int, rank: int, init: bool | str | None, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """draw_weights() and, for lora_bias, B's bias [N]: zero, or as nn.Linear has it for init False."""
+    if not bias or init is None:
+        a, b = draw_weights(in_features, out_features, rank, init)
+        return a, b, torch.empty(out_features, device="cpu") if bias else None
+    a, b = draw_weights(in_features, out_features, rank, False)
+    offset = nn.init.uniform_(torch.empty(out_features, device="cpu"), -1 / math.sqrt(rank), 1 / math.sqrt(rank))
+    if init:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5)), nn.init.zeros_(b), nn.init.zeros_(offset)
+    return a, b, offset
+
+
 def _orthogonal(in_features: int, out_features: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Neither is zero but B A is: the rows of one half of an orthogonal matrix go into A, of the other into B."""
     if rank % 2:

@@ -23,7 +23,7 @@ from torch import nn
 
 from pyfastpeft.methods.base import MethodLayer
 from pyfastpeft.methods.lora.config import LoraConfig
-from pyfastpeft.methods.lora.initial import draw_weights, take_from_base, takes_from_base
+from pyfastpeft.methods.lora.initial import draw_weights, draw_with_bias, take_from_base, takes_from_base
 from pyfastpeft.nn.base_linear import scaled
 
 
@@ -58,10 +58,13 @@ class LoraLinear(MethodLayer):
         wide = torch.promote_types(base.weight_dtype, torch.float32) if fp32 else base.weight_dtype
         # drawn on the CPU, so that a seed gives the same adapter on every device
         kind = config.init_lora_weights if init else None
-        a, b = draw_weights(self.in_features, self.out_features, rank, True if takes_from_base(kind) else kind)
+        drawn = True if takes_from_base(kind) else kind
+        a, b, bias = draw_with_bias(self.in_features, self.out_features, rank, drawn, config.lora_bias)
         for modules, weight in ((self.lora_A, a), (self.lora_B, b)):
             with torch.device("meta"):
                 projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            if modules is self.lora_B and bias is not None:
+                projection.bias = nn.Parameter(bias.to(base.device, wide), requires_grad=False)
             weight = weight.to(base.device, wide)
             projection.weight = nn.Parameter(weight, requires_grad=False)
             modules[name] = projection.train(self.training)
@@ -108,6 +111,8 @@ class LoraLinear(MethodLayer):
         if name not in self.lora_A:
             return {}
         tensors = {"lora_A.weight": self.lora_A[name].weight, "lora_B.weight": self.lora_B[name].weight}
+        if self.lora_B[name].bias is not None:
+            tensors["lora_B.bias"] = self.lora_B[name].bias
         if name in self.lora_magnitude_vector:
             tensors["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
         return tensors
@@ -125,6 +130,11 @@ class LoraLinear(MethodLayer):
         """x [..., K] -> y [..., N] in the dtype the base gives."""
         if not self.active or not self.enabled or self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
+        y = self._forward_factors(x)
+        bias = self._bias(self.active)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _forward_factors(self, x: torch.Tensor) -> torch.Tensor:
         base, active = self.base, self.active
         if any(name in self.lora_magnitude_vector for name in active):
             return self._forward_dora(base, x)
@@ -203,6 +213,20 @@ class LoraLinear(MethodLayer):
         a, b = draw_weights(self.in_features, self.out_features, self.r[name], True)
         self.lora_A[name].weight.copy_(a), self.lora_B[name].weight.copy_(b)
 
+    def _bias(self, names: Iterable[str]) -> torch.Tensor | None:
+        """Σ s · bias_B [N] of those adapters that have one (lora_bias)."""
+        biases = [
+            self.scaling[n] * self.lora_B[n].bias for n in names if getattr(self.lora_B[n], "bias", None) is not None
+        ]
+        return sum(biases[1:], start=biases[0]) if biases else None
+
+    @torch.no_grad()
+    def check_merge(self, names: Iterable[str], safe: bool) -> None:
+        names = list(names)
+        if self.base.bias is None and self._bias(self.mergeable(names)) is not None:
+            raise ValueError("an adapter with lora_bias cannot be merged into a layer that has no bias")
+        super().check_merge(names, safe)
+
     def _dropout_p(self, name: str) -> float:
         dropout = self.lora_dropout[name]
         return dropout.p if dropout.training else 0.0
@@ -213,8 +237,8 @@ class LoraLinear(MethodLayer):
         wide = torch.promote_types(a.dtype, torch.float32)
         return (b.detach().to(wide) @ a.detach().to(wide)) * scaling
 
-    def merged_weights(self, names: Iterable[str]) -> tuple[torch.Tensor, None]:
-        """W + Σ s · B A, summed in fp32 and not yet rounded to what the base stores."""
+    def merged_weights(self, names: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W + Σ s · B A, summed in fp32 and not yet rounded to what the base stores; bias + Σ s · bias_B (lora_bias)."""
         deltas = [self.get_delta_weight(name) for name in names]
         weight = self.base.get_weight(deltas[0].dtype)
         for i, name in enumerate(names):
@@ -222,7 +246,8 @@ class LoraLinear(MethodLayer):
                 whole = weight + deltas[i]
                 gain = self.lora_magnitude_vector[name].weight.detach() / whole.norm(dim=1).clamp_min(1e-38)
                 deltas[i] = gain[:, None] * whole - weight
-        return sum(deltas, start=weight), None
+        bias = self._bias(names)
+        return sum(deltas, start=weight), None if bias is None else self.base.bias.detach() + bias.detach()
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={rank}, scaling={self.scaling[name]:g}" for name, rank in self.r.items())

@@ -58,6 +58,8 @@ class AdaptedModel(nn.Module):
     ) -> None:
         """Adds an adapter made of others, frozen and inactive, with PEFT's arguments.
 
+        (IA)³ adapters: their vectors are summed, and the other arguments count for nothing. LoRA:
+
         combination_type      linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, and these four with _svd
                               behind them; what each does: methods/lora/combine.py
         svd_rank, svd_clamp   of the _svd ones: the new rank (None: the highest of the adapters'), and the quantile at

@@ -134,11 +134,33 @@ def test_what_does_not_go_together_is_named(arguments, words):
 def test_other_methods_and_dora():
     model = two()
     model.add_adapter("ia3", pf.IA3Config(target_modules=["up_proj"]))
+    model.add_adapter("ada", pf.AdaLoraConfig(target_modules=["k_proj"], total_step=3))
     model.add_adapter("dora", pf.LoraConfig(target_modules=["q_proj"], r=4, use_dora=True))
-    for names, words in ((["default", "ia3"], "expected one method"), (["ia3"], "of IA3 cannot be combined"),
+    for names, words in ((["default", "ia3"], "expected one method"), (["ada"], "of ADALORA cannot be combined"),
                          (["default", "dora"], "DoRA adapters have no sum")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             model.add_weighted_adapter(names, [1.0] * len(names), "new")
+
+
+def test_ia3_vectors_are_summed_as_in_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    results = []
+    for library in (peft, pf):
+        model = library.get_peft_model(build("llama"), library.IA3Config(task_type="CAUSAL_LM")).eval()
+        scatter(model)
+        model.add_adapter("b", library.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]))
+        model.set_adapter("b")
+        scatter(model, seed=4)
+        model.base_model.add_weighted_adapter(["default", "b"], [0.7, -0.4], "new")
+        model.set_adapter("new")
+        results.append(model(**batch("llama")).logits)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=2e-5)
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "new").eval()
+    torch.testing.assert_close(theirs(**batch("llama")).logits, results[1], rtol=1e-4, atol=2e-5)
+    model.add_adapter("c", pf.IA3Config(target_modules=["q_proj"], feedforward_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="q_proj is a feed-forward layer in one adapter and not in another"):
+        model.add_weighted_adapter(["b", "c"], [1, 1], "mixed")
 
 
 def test_status():

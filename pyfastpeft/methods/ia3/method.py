@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import nn
 
 from pyfastpeft.methods.base import PeftType, named_by
@@ -9,6 +12,7 @@ from pyfastpeft.methods.ia3.config import IA3Config
 from pyfastpeft.methods.ia3.layer import IA3Linear
 from pyfastpeft.methods.ia3.targets import default_targets
 from pyfastpeft.methods.layer_method import LayerMethod
+from pyfastpeft.methods.lora.combine import check_combination
 
 
 class IA3Method(LayerMethod):
@@ -55,3 +59,36 @@ class IA3Method(LayerMethod):
             # PEFT reads a file only if the one list holds the names of the other
             config.feedforward_modules = inputs
             config.target_modules = config.target_modules | inputs
+
+    def add_weighted_adapter(self, adapted, adapters, weights, name, *how) -> None:
+        """l = Σ w_i l_i in every layer (of the adapters that are there), as PEFT sums them; `how` counts for nothing."""
+        check_combination(len(adapters), weights, "cat", None, "total")
+        configs = [adapted.peft_config[each] for each in adapters]
+        if any(config.modules_to_save for config in configs):
+            raise ValueError("add_weighted_adapter: adapters with modules_to_save cannot be combined")
+        layers = {p: m for p, m in adapted.layers() if isinstance(m, IA3Linear) and set(adapters) & set(m.ia3_l)}
+        sides = {
+            path: {layer.feedforward[each] for each in adapters if each in layer.ia3_l}
+            for path, layer in layers.items()
+        }
+        mixed = [path for path, each in sides.items() if len(each) > 1]
+        if mixed:
+            raise ValueError(
+                f"add_weighted_adapter: {mixed[0]} is a feed-forward layer in one adapter and not in another"
+            )
+        inputs = {path for path, each in sides.items() if each == {True}}
+        config = dataclasses.replace(
+            configs[0],
+            target_modules=set(layers),
+            feedforward_modules=inputs,
+            exclude_modules=None,
+            inference_mode=True,
+        )
+        wide = next(iter(next(iter(layers.values())).ia3_l.values())).dtype
+        adapted.add_adapter(name, config, fp32=wide in (torch.float32, torch.float64), init=False)
+        with torch.no_grad():
+            for layer in layers.values():
+                terms = [
+                    w * layer.ia3_l[each] for each, w in zip(adapters, weights, strict=True) if each in layer.ia3_l
+                ]
+                layer.ia3_l[name].copy_(sum(terms[1:], start=terms[0]))

@@ -96,6 +96,10 @@ class PageSpace:
                 self.live[piece.page] += piece.nbytes
         return result
 
+    def close_page(self) -> None:
+        """New states begin on another page than the last ones."""
+        self._cursor = None
+
     def give_back(self, pieces: Sequence[Piece]) -> None:
         """A page whose last state goes is discarded without being written, and used again."""
         if os.getpid() != self._process:

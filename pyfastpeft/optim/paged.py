@@ -265,6 +265,9 @@ class PagedOptimizer:
                     new.append((p, group))
         if not new:
             return
+        if self._done:  # the pages that a step cut short has behind it would not be visited for them
+            for space in self._spaces.values():
+                space.close_page()
         described = [self._fields(p, group) for p, group in new]
         states = self._pages_for(new, [f for f, _ in described], [c for _, c in described])
         for (p, group), state in zip(new, states, strict=True):

@@ -421,6 +421,17 @@ def test_a_step_cut_by_the_disk_goes_on(tmp_path, faults, op):
     _same(a, b, plain, paged)
 
 
+def test_parameters_that_come_between_a_step_and_its_rest_are_stepped(tmp_path):
+    params = _params(shapes=[(100,), (50,)])
+    paged = pf.optim.PagedAdamW(params[:1], resident_bytes=150_000, spill_dir=tmp_path)
+    _step(params[:1], paged, 0)
+    (space,) = paged._spaces.values()
+    paged._done.add((space, 0))  # as a failure after the first page leaves it
+    paged.add_param_group({"params": params[1:]})
+    _step(params, paged, 1)
+    assert [int(paged.state[p]["step"]) for p in params] == [1, 1], "the second is on a page of its own"
+
+
 def test_a_full_disk_at_the_first_step_changes_nothing(tmp_path, faults):
     a, b = _params(), _params()
     plain, paged = pf.optim.AdamW(a), pf.optim.PagedAdamW(b, resident_bytes=150_000, spill_dir=tmp_path)

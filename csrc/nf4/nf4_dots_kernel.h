@@ -12,7 +12,8 @@
 // A decoded vector never leaves its register. Decoding W again for every 8 rows of x costs less than a panel of it written
 // to and read from the L1 cache: shifts and permutes run beside the multiplications.
 //
-// An output is one vector of sums, added to in the order of columns, then one fixed tree: its bits depend neither on M,
+// An output is one vector of sums, added to in the order of columns (fp32: one for each P::kStrip columns, which joins the
+// total then, since a long sum of one lane loses bits), then one fixed tree: its bits depend neither on M,
 // nor on the rows it was computed with, nor on threads. Bytes from memory: N·K/2 and the scales, once per kNf4Tokens rows.
 #pragma once
 
@@ -106,7 +107,12 @@ __attribute__((noinline)) void nf4_tile(const Nf4Strip<P>& strip, std::int64_t n
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int m = 0; m < tokens; ++m) sum[r][m] = P::load_sum(sums + r * strip.sums_stride + m * P::V::width);
+    for (int m = 0; m < tokens; ++m) {
+      if (P::kStrip > 0)
+        sum[r][m] = typename P::Sum{};
+      else
+        sum[r][m] = P::load_sum(sums + r * strip.sums_stride + m * P::V::width);
+    }
   for (std::int64_t c = strip.begin; c < strip.end; ++c) {
     typename P::Chunk chunk[rows];
 #pragma GCC unroll 8
@@ -137,7 +143,11 @@ __attribute__((noinline)) void nf4_tile(const Nf4Strip<P>& strip, std::int64_t n
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int m = 0; m < tokens; ++m) P::store_sum(sum[r][m], sums + r * strip.sums_stride + m * P::V::width);
+    for (int m = 0; m < tokens; ++m) {
+      float* const total = sums + r * strip.sums_stride + m * P::V::width;
+      if (P::kStrip > 0) sum[r][m] += P::load_sum(total);
+      P::store_sum(sum[r][m], total);
+    }
 }
 
 // nf4_tile over `count` rows of W.
@@ -226,7 +236,9 @@ void nf4_dots_rows(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t e
   const P policy(w.type);
   const std::int64_t per_row = w.K / kNf4Group, row_bytes = w.K / 2, chunks = args.stride / P::columns;
   const std::int64_t part = nf4_part(args.M), block = kNf4Parts * part;
-  const std::int64_t step = std::max<std::int64_t>(1, kNf4XBytes / (part * P::columns * std::int64_t(sizeof(Element))));
+  // a fixed length where a strip is a sum of its own: bits must not depend on M
+  const std::int64_t by_cache = kNf4XBytes / (part * P::columns * std::int64_t(sizeof(Element)));
+  const std::int64_t step = P::kStrip > 0 ? P::kStrip / P::columns : std::max<std::int64_t>(1, by_cache);
   std::vector<float> table(std::size_t(nf4_table_size(w)));
   std::vector<float> sums(std::size_t(kNf4Panel * std::min(args.M, block) * P::V::width));
   for (std::int64_t n = begin; n < end; n += kNf4Panel) {

@@ -16,7 +16,7 @@ struct F32Avx2 {
     __m256i bytes;
     __m256 low, high;
   };
-  static constexpr std::int64_t bytes = 32, columns = 64;
+  static constexpr std::int64_t bytes = 32, columns = 64, kStrip = 1024;
   static constexpr int vectors = 8;
   static constexpr int rows(int tokens) { return tokens <= 3 ? 2 : 1; }
 

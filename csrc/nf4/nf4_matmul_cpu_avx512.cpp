@@ -27,7 +27,7 @@ struct Bf16Avx512 {
   struct Chunk {
     __m512i bytes, levels, index;
   };
-  static constexpr std::int64_t bytes = 64, columns = 128;
+  static constexpr std::int64_t bytes = 64, columns = 128, kStrip = 0;
   static constexpr int vectors = 4;
   static constexpr int rows(int tokens) { return tokens <= 2 ? 4 : 2; }
 
@@ -102,7 +102,7 @@ struct F32Avx512 {
     __m512i bytes;
     __m512 levels;
   };
-  static constexpr std::int64_t bytes = 32, columns = 64;
+  static constexpr std::int64_t bytes = 32, columns = 64, kStrip = 1024;
   static constexpr int vectors = 4;
   static constexpr int rows(int tokens) { return tokens <= 2 ? 4 : 2; }
 

@@ -142,6 +142,18 @@ def test_rows_of_whole_groups(K, blocksize, dtype, isa):
         _check([tensors[0], None, None, None], grad, q, (1.0, 0.0, None))
 
 
+@pytest.mark.parametrize("M", [1, 8])
+def test_long_rows(M, isa):
+    """One lane's sum over all columns loses bits that torch's blocked sums keep."""
+    x, weight = torch.randn(M, 28672), torch.randn(128, 28672) / 100
+    q = pf.ops.quantize_4bit(weight, 64)
+    exact = x.double() @ _dense(q).double().t()
+    errors = [
+        ((y.double() - exact).norm() / exact.norm()).item() for y in (pf.ops.linear_4bit(x, q), x @ _dense(q).t())
+    ]
+    assert errors[0] <= max(2 * errors[1], 5e-7)
+
+
 @pytest.mark.parametrize("M", [1, 7, 30])
 @pytest.mark.parametrize("K", [192, 517])
 @pytest.mark.parametrize("dtype", DTYPES)

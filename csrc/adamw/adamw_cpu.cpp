@@ -177,8 +177,8 @@ void adamw_cpu(const AdamwTensor* tensors, std::int64_t count, const AdamwOption
       const AdamwTensor& t = tensors[i];
       const bool same = t.grad_dtype == t.param_dtype;
       const AdamwKernel kernel = same ? table.same[int(t.param_dtype)] : table.f32_grad[int(t.param_dtype)];
-      kernel({t, t.index < 0 ? i : t.index, begin - start, stop - start, scalars[std::size_t(scalars_of[std::size_t(i)])], map1.get(),
-              map2.get(), options.seed});
+      kernel({t, t.index < 0 ? i : t.index, begin - start, stop - start,
+              scalars[std::size_t(scalars_of[std::size_t(i)])], map1.get(), map2.get(), options.seed});
       begin = stop;
     }
   });

@@ -7,7 +7,8 @@
 // pages hold. Any thread may call; a forked child may not (it gets an error), but may destroy.
 //
 // When writing a page back fails, its content stays in memory, and the next acquire that needs the place tries again;
-// when reading fails, the acquire that asked throws and the page stays on the disk. No content is lost by an error.
+// when reading fails, the page stays on the disk. An acquire throws what befell the transfers that began after it asked;
+// an earlier one that failed is made again for it first, so that no error outlives its cause. None loses any content.
 #pragma once
 
 #include <cstdint>

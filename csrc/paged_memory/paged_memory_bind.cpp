@@ -110,7 +110,7 @@ void register_paged_memory(py::module_& m) {
       .def("events", &events);
   m.def("is_in_memory", &is_in_memory, py::arg("folder"));
   m.def("inject_spill_fault", &inject_spill_fault, py::arg("op"), py::arg("error"), py::arg("after") = 0,
-        py::arg("times") = 1);
+        py::arg("times") = 1, py::arg("seconds") = 0.0);
   m.def("clear_spill_faults", &clear_spill_faults);
 }
 

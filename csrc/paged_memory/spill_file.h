@@ -49,8 +49,8 @@ class SpillFile {
 bool is_in_memory(const std::string& folder);
 
 // For tests: of the operations op ("open", "allocate", "read", "write"), the `after` next ones succeed and `times` after
-// them fail with errno `error`; 0: they move only a part of what was asked.
-void inject_spill_fault(const std::string& op, int error, std::int64_t after, std::int64_t times);
+// them fail with errno `error`, each `seconds` after it began; 0: they move only a part of what was asked.
+void inject_spill_fault(const std::string& op, int error, std::int64_t after, std::int64_t times, double seconds);
 void clear_spill_faults();
 
 }  // namespace pyfastpeft

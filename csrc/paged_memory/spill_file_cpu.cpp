@@ -6,11 +6,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 #include "common/check.h"
@@ -23,6 +25,7 @@ struct Fault {
   std::string op;
   int error;
   std::int64_t after, times;
+  double seconds;
 };
 std::atomic<bool> g_faulty{false};  // the mutex is taken only where a test has set faults
 std::mutex g_faults_mutex;
@@ -31,7 +34,7 @@ std::vector<Fault> g_faults;
 // -1: no fault now; 0: a short transfer; else the errno to fail with.
 int fault(const char* op) {
   if (!g_faulty.load(std::memory_order_acquire)) return -1;
-  const std::lock_guard<std::mutex> lock(g_faults_mutex);
+  std::unique_lock<std::mutex> lock(g_faults_mutex);
   for (Fault& f : g_faults) {
     if (f.op != op || f.times == 0) continue;
     if (f.after > 0) {
@@ -39,7 +42,10 @@ int fault(const char* op) {
       continue;
     }
     --f.times;
-    return f.error;
+    const Fault found = f;
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::duration<double>(found.seconds));
+    return found.error;
   }
   return -1;
 }
@@ -177,11 +183,11 @@ bool is_in_memory(const std::string& folder) {
 #endif
 }
 
-void inject_spill_fault(const std::string& op, int error, std::int64_t after, std::int64_t times) {
+void inject_spill_fault(const std::string& op, int error, std::int64_t after, std::int64_t times, double seconds) {
   check(op == "open" || op == "allocate" || op == "read" || op == "write", "inject_spill_fault: op is ", op,
         ", expected open, allocate, read or write");
   const std::lock_guard<std::mutex> lock(g_faults_mutex);
-  g_faults.push_back({op, error, after, times});
+  g_faults.push_back({op, error, after, times, seconds});
   g_faulty = true;
 }
 

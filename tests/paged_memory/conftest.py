@@ -9,7 +9,7 @@ from pyfastpeft._native import _C
 
 @pytest.fixture
 def faults():
-    """inject(op, errno, after=0, times=1): makes spill files fail."""
+    """inject(op, errno, after=0, times=1, seconds=0): makes spill files fail."""
     yield _C.inject_spill_fault
     _C.clear_spill_faults()
 

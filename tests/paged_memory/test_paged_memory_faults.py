@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
+from pyfastpeft._native import _C
 from pyfastpeft.paged_memory import PagedMemory, SpillError
 
 PAGE = 4096
@@ -91,12 +93,26 @@ def test_a_failed_write_keeps_the_page_in_memory(filled, faults):
         with pytest.raises(SpillError, match="writing") as raised:
             pages.get(8)
         assert raised.value.errno == errno.EIO
-    from pyfastpeft._native import _C
-
     _C.clear_spill_faults()
     assert pages.is_all(8, 9)
     assert all(pages.is_all(page, 100) for page in range(3))
     assert all(pages.is_all(page, page + 1) for page in range(3, 10))
+
+
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_what_failed_before_somebody_asked_is_made_again_and_not_reported(filled, faults, op):
+    """A transfer under way whose cause of failure is gone when a caller comes: its error would be news of the past."""
+    memory, pages = filled
+    if op == "read":
+        assert _intact(pages)  # what is in memory now is clean, and goes without a write
+    absent = next(page for page, there in enumerate(memory.resident()) if not there)
+    memory.set_order([absent, *(page for page in range(10) if page != absent)])
+    faults(op, errno.EIO, seconds=0.3)
+    memory.prefetch()
+    time.sleep(0.1)  # the transfer has begun
+    _C.clear_spill_faults()
+    assert pages.is_all(absent, absent + 1)
+    assert _intact(pages) and memory.stats()["held_pages"] == 0
 
 
 def test_enospc_on_a_write_is_named(filled, faults):

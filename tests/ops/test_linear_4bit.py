@@ -313,7 +313,7 @@ def _peak_growth(function) -> int:
 @pytest.mark.parametrize("M", [4, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_never_holds_the_dequantised_weight(M, dtype):
-    N, K = 8192, 4096  # the decoded tiles and their packed copy in torch's matmul are 16 MiB, whatever the weight's size
+    N, K = 8192, 4096  # large beside the decoded tiles and torch's copy of them: 16 MiB, whatever the weight's size
     q = pf.ops.quantize_4bit(torch.randn(1024, K).to(torch.bfloat16).repeat(8, 1), 64)
     x, grad = torch.randn(M, K).to(dtype).requires_grad_(), torch.randn(M, N).to(dtype)
     a, b = torch.randn(8, K).requires_grad_(), torch.randn(N, 8).requires_grad_()

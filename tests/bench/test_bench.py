@@ -134,4 +134,4 @@ def test_one_section_end_to_end(tmp_path):
     assert result.exit_code == 0, result.output
     made = report.read(tmp_path / "r.json")
     assert {row["section"] for row in made["rows"]} == {"ia3"} and made["limits"]["copy_bytes_per_second"] > 1e8
-    assert made["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(made["environment"]["torch"])

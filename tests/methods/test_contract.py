@@ -228,6 +228,9 @@ def test_copies_pickles_and_state_dicts(method, base):
 
 
 @METHOD
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="transformers 5 compiles its masks with torch 2.7 or newer"
+)
 def test_compiles(method):
     torch._dynamo.reset()
     model = scatter(adapted(method, "llama")).train()

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import gc
 import json
 import os
 import pickle
@@ -285,6 +286,7 @@ def test_a_state_larger_than_memory_can_be_saved(tmp_path):
         assert all(torch.equal(value, loaded["state"][key][name]) for name, value in state.items())
     paged.load_state_dict(loaded)
     del saved, loaded
+    gc.collect()  # torch 2.6's load leaves a cycle behind
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     for params, optimizer in ((a, plain), (b, paged)):
         _step(params, optimizer, 1)

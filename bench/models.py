@@ -46,26 +46,32 @@ def _ours(layers: int, quantise: bool):
     return pf.get_peft_model(model, config)
 
 
+def bitsandbytes_layers(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with bitsandbytes' NF4 layers, double quantisation, in place; the output head stays."""
+    import bitsandbytes as bnb
+
+    for name, child in list(model.named_modules()):
+        if type(child) is not torch.nn.Linear or name == "lm_head":
+            continue
+        layer = bnb.nn.Linear4bit(
+            child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+        layer.weight = bnb.nn.Params4bit(
+            child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+        )
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer.to("cpu"))
+    # PEFT asks a 4-bit model for this attribute
+    model.is_loaded_in_4bit = True
+    return model
+
+
 def _peft(layers: int, quantise: bool):
     import peft
 
     model = llama(layers)
     if quantise:
-        import bitsandbytes as bnb
-
-        for name, child in list(model.named_modules()):
-            if type(child) is not torch.nn.Linear or name == "lm_head":
-                continue
-            layer = bnb.nn.Linear4bit(
-                child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-            )
-            layer.weight = bnb.nn.Params4bit(
-                child.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
-            )
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.to("cpu"))
-        # PEFT asks a 4-bit model for this attribute
-        model.is_loaded_in_4bit = True
+        model = bitsandbytes_layers(model)
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, config)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class ModulesToSaveWrapper(AdapterHolder):
         self.modules_to_save = nn.ModuleDict()
 
     def add_adapter(self, name: str) -> None:
-        module = copy.deepcopy(self.original_module)
+        module = copy.deepcopy(self.original_module, _hook_owners(self.original_module))
         module.requires_grad_(False)
         self.modules_to_save[name] = module
 
@@ -80,6 +80,36 @@ class ModulesToSaveWrapper(AdapterHolder):
             if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self._current(), name)
+
+
+def _hook_owners(module: nn.Module) -> dict[int, AdapterHolder]:
+    """A memo for deepcopy: adapters that act on the module through hooks act on its copy, they are not copied with it."""
+    hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values())
+    owners = (getattr(hook, "holder", None) for hook in hooks)
+    return {id(owner): owner for owner in owners if isinstance(owner, AdapterHolder)}
+
+
+def named_originals(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules() without the copies that adapters have of modules."""
+    copies = {
+        part
+        for wrapper in model.modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for part in wrapper.modules_to_save.modules()
+    }
+    return ((path, module) for path, module in model.named_modules() if module not in copies)
+
+
+def copies_of(model: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """What stands for a module of the model in the copies that adapters have of it, or of what it is part of."""
+    found = []
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        path = next((path for path, part in wrapper.original_module.named_modules() if part is module), None)
+        if path is not None:
+            found += [whole.get_submodule(path) for whole in wrapper.modules_to_save.values()]
+    return found
 
 
 def saved_module_names(config: PeftConfig) -> list[str]:

@@ -307,3 +307,44 @@ def test_beside_lora_and_other_adapters():
         model.delete_adapter(name)
     assert {n for n, _ in model.get_base_model().named_modules()} == plain
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("saved", ["self_attn", "layers.1"])
+@pytest.mark.parametrize("prefix_first", [True, False])
+def test_attentions_that_are_trained_whole(saved, prefix_first):
+    """A copy of an attention has the one prefix, not a copy of it: whichever adapter came first, with both active."""
+    truth = prefixed()
+    set_prefix_of = truth.base_model.tensors("default")["prompt_embeddings"].detach().clone()
+    whole = pf.LoraConfig(target_modules=["lm_head"], modules_to_save=[saved])
+    if prefix_first:
+        model = prefixed()
+        model.add_adapter("whole", whole)
+    else:
+        model = pf.get_peft_model(build("llama"), whole, adapter_name="whole").eval()
+        model.add_adapter("default", pf.PrefixTuningConfig(num_virtual_tokens=V))
+    prefix = model.base_model.tensors("default")["prompt_embeddings"]
+    with torch.no_grad():
+        prefix.copy_(set_prefix_of)
+    assert [name for name, _ in model.named_parameters() if "prompt" in name or "prefix" in name] == [
+        "base_model.model.prefix_encoder.encoders.default.embedding.weight"
+    ]
+    model.base_model.set_adapter(["whole", "default"])
+    assert torch.equal(logits(model, **ragged("left")), logits(truth, **ragged("left")))
+    model(**batch("llama")).loss.backward()
+    assert prefix.grad.any(dim=0).all()
+    scatter(model)
+    changed = logits(model, **ragged("left"))
+    model.delete_adapter("default")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    model.set_adapter("whole")
+    assert not torch.equal(logits(model, **ragged("left")), changed)
+
+
+def test_attentions_saved_with_the_prefix(tmp_path):
+    model = scatter(prefixed(modules_to_save=["self_attn"]))
+    model(**batch("llama")).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    got = logits(model, **ragged("left"))
+    model.save_pretrained(tmp_path)
+    again = pf.PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(logits(again, **ragged("left")), got)

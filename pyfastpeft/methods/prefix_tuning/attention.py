@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyfastpeft.methods.prompt_learning import forward_names, innermost, is_encoder_decoder
+from pyfastpeft.saved_modules import named_originals
 
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 MASK_NAMES = ("attention_mask", "mask")
@@ -25,7 +26,7 @@ def find_attentions(model: nn.Module) -> dict[str, list[nn.Module]]:
     encoder alone, has one group, "decoder", without its cross-attentions.
     """
     found = innermost(
-        (path, module) for path, module in model.named_modules()
+        (path, module) for path, module in named_originals(model)
         if layer_number(module) is not None and any(name in CACHE_NAMES for name in forward_names(module))
     )  # fmt: skip
     if not is_encoder_decoder(model):

@@ -55,6 +55,7 @@ from pyfastpeft.methods.prompt_learning import (
     is_flat,
     position_limit,
 )
+from pyfastpeft.saved_modules import copies_of
 
 
 class Prefixes(PromptHolder):
@@ -230,7 +231,8 @@ class PrefixTuningMethod(PromptMethod):
             indices = None if is_encoder_decoder(model) else _layer_indices(modules)
             for place, module in enumerate(modules):
                 index = first + (place if indices is None else indices[place])
-                holder.hook(module, "before_attention", forward_names(module), index, group == "cross")
+                for each in (module, *copies_of(model, module)):
+                    holder.hook(each, "before_attention", forward_names(module), index, group == "cross")
             first += len(modules)
         names = forward_names(model)
         if not is_encoder_decoder(model) and "position_ids" in names:

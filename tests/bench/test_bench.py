@@ -97,7 +97,11 @@ def test_table_names_the_fastest_peer():
     made = document(row=(1e-3, 2e-3))
     made["rows"][0]["seconds"] = {"ours": 1e-3, "bitsandbytes": 4e-3, "bitsandbytes eval": 0.5e-3, "dense": 1e-4}
     made["rows"][0]["speedup"] = {"bitsandbytes": 4.0, "bitsandbytes eval": 0.5, "dense": 0.1}
-    assert readme_table.table(made).splitlines()[2:] == ["| s: row | 1.00 ms | 500 µs (bitsandbytes eval) | 0.50× |"]
+    assert readme_table.table(made, (("s", "row", "a layer"),)).splitlines()[2:] == [
+        "| a layer | 1.00 ms | 500 µs (bitsandbytes eval) | 0.50× | 0.10× dense |"
+    ]
+    with pytest.raises(KeyError, match="another row"):
+        readme_table.table(made, (("s", "another row", "a layer"),))
 
 
 def test_exponent():

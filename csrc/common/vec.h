@@ -102,12 +102,15 @@ struct VecAvx512 {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bf16* p) const {  // not vcvtneps2bf16: that flushes subnormals
     const __m512i u = _mm512_castps_si512(v);
-    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i wide = _mm512_mask_or_epi32(rounded, is_nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(wide));
+    const __m512i up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_mask_sub_epi32(up, odd, up, _mm512_set1_epi32(-1));
+    const __m512i wide = _mm512_mask_or_epi32(rounded, is_nan, u, _mm512_set1_epi32(0x400000));
+    const __m512i high_halves = _mm512_set_epi64(0, 0, 0, 0, 0x001f001d001b0019, 0x0017001500130011,
+                                                 0x000f000d000b0009, 0x0007000500030001);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves, wide)));
   }
   void store(f16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),

@@ -4,9 +4,11 @@ import pytest
 import torch
 import transformers as tf
 
+from pyfastpeft.methods.prefix_tuning.attention import extended_alibi
 from tests.methods.models import VOCAB, batch
 from tests.methods.test_prefix_tuning import V, layers, logits, prefixed, set_prefix
 from tests.methods.test_prompt_inputs import ragged
+from tests.methods.test_targets import assert_unchanged, snapshot
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -34,6 +36,10 @@ MODELS = {
     "gpt_neo": lambda: tf.GPTNeoForCausalLM(tf.GPTNeoConfig(**NEO)),
     "gpt_bigcode": lambda: tf.GPTBigCodeForCausalLM(tf.GPTBigCodeConfig(**GPT)),
     "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**FALCON)),
+    "falcon alibi": lambda: tf.FalconForCausalLM(tf.FalconConfig(**FALCON, alibi=True)),
+    "falcon alibi eager": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(**FALCON, alibi=True, attn_implementation="eager")
+    ),
     "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)),
 }
 
@@ -66,14 +72,41 @@ def test_a_prefix_of_real_tokens_is_those_tokens(kind):
 
 
 def test_what_is_not_known_is_refused():
-    model = prefixed(base=tf.FalconForCausalLM(tf.FalconConfig(**FALCON, alibi=True)).eval())
-    with pytest.raises(NotImplementedError, match="does not know how FalconAttention uses ALiBi"):
-        logits(model, **ragged("left"))
     model = prefixed()
+    attention = model.get_base_model().model.layers[0].self_attn
+    given = {"position_embeddings": (torch.ones(1, 2, 8), torch.zeros(1, 2, 8)), "attention_mask": {}}
     with pytest.raises(NotImplementedError, match="cannot lengthen a dict; load the model with attn_implementation"):
-        model.get_base_model().model.layers[0].self_attn(
-            torch.zeros(1, 2, 32), position_embeddings=(torch.ones(1, 2, 8), torch.zeros(1, 2, 8)), attention_mask={}
-        )
+        attention(torch.zeros(1, 2, 32), **given)
+    with pytest.raises(NotImplementedError, match="does not know how LlamaAttention uses ALiBi"):
+        extended_alibi(torch.zeros(4, 1, 2), None, V, attention)
+
+
+REFUSED = {
+    "distilbert": (
+        lambda: tf.DistilBertForSequenceClassification(
+            tf.DistilBertConfig(vocab_size=VOCAB, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
+        ),
+        "DistilBertForSequenceClassification has no attention that takes a cache",
+    ),
+    "deberta": (
+        lambda: tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(**SIZES)),
+        "DebertaV2ForSequenceClassification has no attention that takes a cache",
+    ),
+    "flex": (
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, attn_implementation="flex_attention")),
+        "the model's attention is flex_attention, whose block masks cannot be lengthened",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_refused_when_the_adapter_is_made(kind):
+    build, message = REFUSED[kind]
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        prefixed(base=model, task="CAUSAL_LM" if kind == "flex" else "SEQ_CLS")
+    assert_unchanged(model, before)
 
 
 def test_an_encoder_decoder_with_learned_positions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from typing import Any
@@ -78,15 +79,36 @@ def _key_count(cache: Any, queries: int, module: nn.Module) -> int:
     return half.get_mask_sizes(queries, layer_number(module))[0]
 
 
-def extended_alibi(alibi: torch.Tensor, rows: int, module: nn.Module) -> torch.Tensor:
-    """ALiBi [B · heads, 1, keys] with `rows` more keys before position 0, at -rows … -1 (BLOOM)."""
-    if alibi.dim() != 3:
+def extended_alibi(
+    alibi: torch.Tensor, mask: torch.Tensor | None, rows: int, module: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """ALiBi with `rows` more keys before position 0, at -rows … -1, and the mask that extended_mask() made beside it.
+
+    alibi   [B · heads, 1, keys] (BLOOM), or [B, heads, 1, keys] (Falcon, whose mask has it once more, scaled: there the
+            prefix's part is written into the mask's front as well)
+    """
+    build = getattr(sys.modules[type(module).__module__], "build_alibi_tensor", None)
+    if alibi.dim() not in (3, 4) or build is None:
         raise NotImplementedError(
             f"prefix tuning does not know how {type(module).__name__} uses ALiBi; use prompt tuning, or a method that "
             "adapts layers"
         )
-    build = sys.modules[type(module).__module__].build_alibi_tensor
     slopes = build(torch.ones(1, 2, device=alibi.device), module.num_heads, torch.float32)[:, :, 1]  # [heads, 1]
-    places = torch.arange(-rows, 0, device=alibi.device)
-    front = (slopes * places).repeat(len(alibi) // len(slopes), 1)[:, None]
-    return torch.cat([front.to(alibi.dtype), alibi], dim=2)
+    front = (slopes * torch.arange(-rows, 0, device=alibi.device)).to(alibi.dtype)  # [heads, rows]
+    if alibi.dim() == 3:
+        return torch.cat([front.repeat(len(alibi) // len(front), 1)[:, None], alibi], dim=2), mask
+    front = front[None, :, None]
+    if mask is not None:
+        scaled = (front / math.sqrt(module.head_dim)).to(mask.dtype)
+        mask = torch.cat([scaled.expand(*mask.shape[:3], -1), mask[..., rows:]], dim=3)
+    return torch.cat([front.expand(len(alibi), -1, -1, -1), alibi], dim=3), mask
+
+
+def check_implementation(model: nn.Module) -> None:
+    """Raises ValueError for an attention implementation whose masks cannot be lengthened."""
+    chosen = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    if "flex" in chosen:
+        raise ValueError(
+            f"PrefixTuningConfig: the model's attention is {chosen}, whose block masks cannot be lengthened by a prefix; "
+            "load it with attn_implementation='sdpa' or 'eager', or call model.set_attn_implementation('sdpa')"
+        )

@@ -30,6 +30,7 @@ from pyfastpeft.methods.base import PeftType
 from pyfastpeft.methods.prefix_tuning.attention import (
     CACHE_NAMES,
     MASK_NAMES,
+    check_implementation,
     extended_alibi,
     extended_mask,
     find_attentions,
@@ -116,7 +117,7 @@ class Prefixes(PromptHolder):
         if not (cross and given.get(mask_name) is None):
             new[mask_name] = extended_mask(given.get(mask_name), rows, module, states.shape[1], cache)
         if given.get("alibi") is not None:
-            new["alibi"] = extended_alibi(given["alibi"], rows, module)
+            new["alibi"], new[mask_name] = extended_alibi(given["alibi"], new.get(mask_name), rows, module)
         return (), given | new
 
     def before_model(
@@ -155,6 +156,7 @@ class PrefixTuningMethod(PromptMethod):
                 f"PrefixTuningConfig: {type(model).__name__} has no attention that takes a cache, so there is no place for "
                 "keys and values of its own; use prompt tuning, or a method that adapts layers"
             )
+        check_implementation(model)
         fill_sizes(model, config)
         heads = config_value(model, ("num_key_value_heads",)) or config.num_attention_heads
         total, width = config.num_attention_heads, config_value(model, WIDTH_NAMES)

@@ -49,16 +49,23 @@ def _status(field: str) -> int:
 
 
 def child(name: str, layers: int) -> None:
-    from .models import MODELS, collect, training_step
+    from .models import MODELS
 
-    training_step(MODELS[name][0](1), tokens=16)()  # imports, thread pools and code paths, before the mark is set
+    print(peak_here(MODELS[name][0], layers))
+
+
+def peak_here(build, layers: int) -> float:
+    """Megabytes of this process: the peak of a training step of build(layers), above what it held before that."""
+    from .models import collect, training_step
+
+    training_step(build(1), tokens=16)()  # imports, thread pools and code paths, before the mark is set
     collect()
     before = _status("VmRSS")
-    step = training_step(MODELS[name][0](layers))
+    step = training_step(build(layers))
     collect()
     Path("/proc/self/clear_refs").write_text(
         "5"
     )  # the high-water mark starts again: building the model is not the step
     for _ in range(3):
         step()
-    print((_status("VmHWM") - before) / 1e6)
+    return (_status("VmHWM") - before) / 1e6

@@ -251,7 +251,6 @@ def run(methods: list[Method], seeds: int, settings: dict, file: Path) -> dict:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
     texts = Texts(settings["batch"], settings["length"], settings["heldout_bytes"])
     document = read(file, settings)
     if document is None:
@@ -308,7 +307,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"there is no method {unknown[0]!r}; expected some of {'; '.join(m.name for m in METHODS)}")
         settings = SETTINGS | {"steps": options.steps, "heldout_bytes": options.heldout_bytes}
         try:
-            document = run([method_named(name) for name in names], options.seeds, settings, options.json)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                document = run([method_named(name) for name in names], options.seeds, settings, options.json)
         except ValueError as error:
             parser.error(str(error))
     document["comparisons"] = comparisons(document)

@@ -24,6 +24,7 @@ SECTIONS = {
     "lora": ("bench_linear_lora", "a LoRA layer, dense and 4-bit, forward and backward"),
     "ia3": ("bench_ia3", "(IA)³ scaling, forward and backward"),
     "step": ("bench_training_step", "a whole training step of a Llama shape"),
+    "methods": ("bench_methods", "every method beside its peer: parameters, file, memory and time of a step"),
     "optimizer": ("bench_adamw", "optimizer steps, 32- and 8-bit state"),
     "paged": ("bench_paged", "optimizer state beyond memory: a step against its budget, beside the disk alone"),
     "memory": ("bench_memory", "peak memory of a training step"),

@@ -11,7 +11,7 @@ from pyfastpeft import _bench
 from pyfastpeft.cli import app
 
 _bench.load()
-from pyfastpeft.bench import bench_scaling, command, readme_table, report, suite  # noqa: E402
+from pyfastpeft.bench import bench_methods, bench_scaling, command, methods_table, quality, readme_table, report, suite  # noqa: E402
 
 
 @pytest.fixture
@@ -104,6 +104,42 @@ def test_table_names_the_fastest_peer():
         readme_table.table(made, (("s", "another row", "a layer"),))
 
 
+def test_methods_are_measured(quick, monkeypatch):
+    monkeypatch.setattr(bench_methods, "METHODS", [bench_methods.method_named("BitFit")])
+    for name, value in (("LAYERS", 1), ("BATCH", 1), ("TOKENS", 16)):
+        monkeypatch.setattr(bench_methods, name, value)
+    monkeypatch.setattr(bench_methods, "_memory", lambda names: dict.fromkeys(names, 7.0))
+    bench_methods.run(quick)
+    (row,) = quick.document["rows"]
+    assert not quick.failures and set(row["seconds"]) == {"ours", "torch"} == set(row["peak_mb"])
+    assert row["parameters"]["ours"] == row["parameters"]["torch"] > 0
+    assert row["file_bytes"]["ours"] > 4 * row["parameters"]["ours"] and row["file_bytes"]["torch"] is None
+
+
+def test_table_of_methods(tmp_path, monkeypatch):
+    e = {"cores": 2, "cpu": "C", "isa": "avx2", "threads": 1, "torch": "2", "commit": "c"}
+    sizes = {"parameters": {"ours": 1234, "peft": 1234}, "file_bytes": {"ours": 5000, "peft": 5000}}
+    peaks = {"peak_mb": {"ours": 10.0, "peft": 20.4}}
+    rows = [
+        {"section": "methods", "row": "L", "method": "LoRA", "seconds": {"ours": 0.01, "peft": 0.02}} | sizes | peaks,
+        {"section": "methods", "row": "R", "method": "R", "seconds": {"ours": 0.3}, "peak_mb": {"ours": None}} | sizes,
+    ]
+    for row in rows:
+        row["speedup"] = {}
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"environment": e, "rows": rows}))
+    monkeypatch.setattr(methods_table, "README", tmp_path / "README.md")
+    made = methods_table.replaced(
+        "a <!-- methods: made by bench/methods_table.py from x -->old<!-- methods: end --> b", file
+    )
+    assert made.startswith("a <!-- methods: made by bench/methods_table.py from r.json -->\nA training step")
+    assert "old" not in made and made.endswith("\n<!-- methods: end --> b")
+    assert "| LoRA | 1,234 | 5 kB | 10 MB / 20 MB | 10 ms / 20 ms | 2.00× | PEFT |" in made
+    assert "| R | 1,234 | 5 kB |  | 300 ms |  |  |" in made
+    with pytest.raises(SystemExit, match="has no marks"):
+        methods_table.replaced("no marks", file)
+
+
 def test_exponent():
     assert bench_scaling.exponent({n: 3.0 * n**1.5 for n in (1, 2, 4, 8, 16)}) == pytest.approx(1.5)
     assert bench_scaling.exponent({1: 2.0, 2: 1.0}) == pytest.approx(-1.0)
@@ -139,3 +175,29 @@ def test_one_section_end_to_end(tmp_path):
     made = report.read(tmp_path / "r.json")
     assert {row["section"] for row in made["rows"]} == {"ia3"} and made["limits"]["copy_bytes_per_second"] > 1e8
     assert torch.__version__.startswith(made["environment"]["torch"])
+
+
+def test_quality_of_a_method(tmp_path, capsys):
+    """Two seeds of one method beside plain torch: rows, the test, a table, a plot; a second call trains nothing."""
+    pytest.importorskip("transformers")
+    file, picture = tmp_path / "q.json", tmp_path / "q.png"
+    how = ["--json", str(file), "--plot", str(picture), "--steps", "10", "--heldout-bytes", "1024"]
+    assert quality.main([*how, "--seeds", "2", "--methods", "BitFit"]) == 0
+    made = json.loads(file.read_text())
+    assert [(r["implementation"], r["seed"]) for r in made["runs"]] == [
+        ("ours", 0), ("torch", 0), ("ours", 1), ("torch", 1)
+    ]  # fmt: skip
+    assert all(r["heldout_loss"] < made["base_loss"] and len(r["train_losses"]) == 10 for r in made["runs"])
+    assert made["comparisons"][0]["equal"] and picture.stat().st_size > 1000
+    assert "| BitFit | 0.001 |" in capsys.readouterr().out
+    made["runs"][0]["heldout_loss"] += 1.0
+    file.write_text(json.dumps(made))
+    assert quality.main([*how, "--seeds", "2", "--methods", "BitFit"]) == 0
+    assert json.loads(file.read_text())["runs"] == made["runs"]
+    made["runs"][2]["heldout_loss"] += 1.0
+    file.write_text(json.dumps(made))
+    assert quality.main([*how, "--report"]) == 1
+    for wrong in (["--methods", "Lora"], ["--seeds", "0"], ["--steps", "12"]):
+        with pytest.raises(SystemExit):
+            quality.main([*how, *wrong])
+    assert "there is no method 'Lora'" in (errors := capsys.readouterr().err) and "was made with" in errors

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/bind.h"
+#include "paged_memory/managed_memory.h"
 #include "paged_memory/paged_memory.h"
 
 namespace pyfastpeft {
@@ -112,6 +113,18 @@ void register_paged_memory(py::module_& m) {
   m.def("inject_spill_fault", &inject_spill_fault, py::arg("op"), py::arg("error"), py::arg("after") = 0,
         py::arg("times") = 1, py::arg("seconds") = 0.0);
   m.def("clear_spill_faults", &clear_spill_faults);
+#if defined(PYFASTPEFT_WITH_CUDA)
+  py::class_<ManagedMemory>(m, "ManagedMemory", py::module_local())
+      .def_static("available", &ManagedMemory::available, py::arg("device"))
+      .def(py::init<std::int64_t, int>(), py::arg("bytes"), py::arg("device"), Release())
+      .def("address", [](const ManagedMemory& memory) { return Address(memory.get()); })
+      .def(
+          "prefetch",
+          [](const ManagedMemory& memory, std::int64_t offset, std::int64_t bytes, Address stream) {
+            memory.prefetch(offset, bytes, reinterpret_cast<void*>(stream));
+          },
+          py::arg("offset"), py::arg("bytes"), py::arg("stream"), Release());
+#endif
 }
 
 }  // namespace pyfastpeft

@@ -7,17 +7,16 @@ import functools
 import os
 import time
 import warnings
-from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
 from typing import Any
 
 import torch
 
-from pyfastpeft.ops import adamw as op
-from pyfastpeft.optim.device_pages import CudaDevice, DevicePages
+from pyfastpeft.optim.cuda_device import CudaDevice
+from pyfastpeft.optim.device_pages import TRANSFERS, DevicePages
 from pyfastpeft.optim.page_space import Field, PagedState, PageSpace
+from pyfastpeft.optim.step_plan import Call, Pace, StepPlan
 from pyfastpeft.paged_memory import (
     FEWEST_PAGES,
     SMALLEST_PAGE,
@@ -32,103 +31,6 @@ from pyfastpeft.paged_memory import (
 _MANY = 8  # pages in a call that are worth all threads
 
 
-class Call:
-    """Parameters that are stepped alike: of one group, on one device, with states of one kind."""
-
-    def __init__(self, number: int, index: int, state: PagedState) -> None:
-        self.group_number, self.first_state = number, state
-        self.index = index  # of the call in its step
-        self.params: list[torch.Tensor] = []
-        self.states: list[PagedState] = []
-        self.grads: list[torch.Tensor] = []
-
-    def close(self) -> None:
-        self.numels = array("q", map(op._numel, self.params))
-        self.param_dtypes = list(map(op._dtype, self.params))
-        self.grad_dtypes = list(map(op._dtype, self.grads))
-        self.device = self.params[0].device
-        self.contiguous = all(map(op._is_contiguous, self.params)) and all(map(op._is_contiguous, self.grads))
-
-    def renew(self, state: Any) -> bool:
-        """Takes the gradients of now; False where anything is not as it was when the call was planned."""
-        params = self.params
-        grads = [p.grad for p in params]
-        if not self.contiguous or not all(map(is_, map(state.get, params), self.states)):
-            return False
-        try:
-            alike = (
-                list(map(op._dtype, grads)) == self.grad_dtypes
-                and list(map(op._dtype, params)) == self.param_dtypes
-                and array("q", map(op._numel, grads)) == self.numels
-                and array("q", map(op._numel, params)) == self.numels
-                and all(map(op._is_contiguous, grads))
-                and all(map(op._is_contiguous, params))
-                and {*map(op._device, params), *map(op._device, grads)} == {self.device}
-            )
-        except (RuntimeError, TypeError):  # a gradient is None, or sparse
-            return False
-        if alike:
-            self.grads = grads
-        return alike
-
-    def locate(self) -> None:
-        """Where everything lies now."""
-        self.param_addresses, self.grad_addresses = op._addresses(self.params), op._addresses(self.grads)
-
-
-class StepPlan:
-    """The calls of a step, by page; used again as long as the parameters, gradients and states are alike."""
-
-    def __init__(self, groups: Sequence[dict[str, Any]], calls: list[Call]) -> None:
-        self.group_params = [list(group["params"]) for group in groups]
-        with_grad = {id(p) for call in calls for p in call.params}
-        self.idle = [p for params in self.group_params for p in params if id(p) not in with_grad]
-        self.calls = calls
-        rows: dict[PageSpace, dict[int, dict[int, array]]] = defaultdict(lambda: defaultdict(dict))
-        for call in calls:
-            call.close()
-            for tensor, state in enumerate(call.states):
-                for piece in state.pieces:
-                    table = rows[state.space][piece.page].setdefault(call.index, array("q"))
-                    table.extend(call.row(tensor, state, piece))
-        # of each space, the pages in the order of their visits, with the calls' pieces there
-        self.passes = [
-            (space, sorted(of), [(page, [(calls[i], table) for i, table in of[page].items()]) for page in sorted(of)])
-            for space, of in rows.items()
-        ]
-
-    def fits(self, groups: Sequence[dict[str, Any]], state: Any) -> bool:
-        if len(groups) != len(self.group_params):
-            return False
-        for group, params in zip(groups, self.group_params, strict=True):
-            if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
-                return False
-        return all(p.grad is None for p in self.idle) and all(call.renew(state) for call in self.calls)
-
-
-class _Pace:
-    """How many threads step a page that has just arrived: one, or (0) all of torch's.
-
-    While the disk is what a step waits for, more than one would only meet at barriers and take the cores from the
-    threads that move pages. Where one is what it waits for, all are tried, and kept while steps are quicker with them.
-    """
-
-    RETRY = 64  # steps until what was slower is tried again
-
-    def __init__(self) -> None:
-        self.threads, self.steps, self.taken = 1, 0, {}
-
-    def note(self, nanoseconds: int, waited: int) -> None:
-        self.steps += 1
-        self.taken[self.threads] = nanoseconds
-        if self.threads == 1:
-            computing = waited < nanoseconds // 4
-            untried = 0 not in self.taken or self.steps % self.RETRY == 0
-            self.threads = 0 if computing and (untried or self.taken[0] < nanoseconds) else 1
-        elif self.taken[1] < nanoseconds:
-            self.threads = 1
-
-
 class PagedOptimizer:
     """Beside a torch.optim.Optimizer in the bases of a class: its state lives in pages.
 
@@ -141,7 +43,12 @@ class PagedOptimizer:
         resident_bytes: int | str | None,
         spill_dir: str | os.PathLike | None,
         host_bytes: int | str | None = None,
+        transfer: str = "auto",
+        unified_memory: bool = False,
     ) -> None:
+        if transfer not in TRANSFERS:
+            raise ValueError(f"{type(self).__name__}: transfer is {transfer!r}, expected one of {', '.join(TRANSFERS)}")
+        self._on_device = {"transfer": transfer, "unified": unified_memory}
         self._host_bytes = None if host_bytes is None else parse_bytes(host_bytes)
         self._requested = None if resident_bytes is None else parse_bytes(resident_bytes)
         self._spill_dir = None if spill_dir is None else os.path.abspath(os.fspath(spill_dir))
@@ -163,7 +70,7 @@ class PagedOptimizer:
         self._done: set[tuple[PageSpace, int]] = set()  # pages of a step that failed on its way
         self._kept_options: list[dict[str, Any]] = []
         self._computed: list[tuple[int, int, int, int]] | None = None
-        self._pace = _Pace()
+        self._pace = Pace()
 
     @property
     def pages(self) -> list[PagedMemory | DevicePages]:
@@ -189,7 +96,9 @@ class PagedOptimizer:
 
     def _memory_for(self, device: torch.device) -> PagedMemory | DevicePages:
         if device.type == "cuda":
-            return DevicePages(CudaDevice(device), self._requested, self._host_bytes, self._spill_dir)
+            return DevicePages(
+                CudaDevice(device), self._requested, self._host_bytes, self._spill_dir, **self._on_device
+            )
         budget = self._requested
         if budget is None:
             budget = max(available_memory() // 2, FEWEST_PAGES * SMALLEST_PAGE)
@@ -391,12 +300,12 @@ class PagedOptimizer:
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
         plain = {p: s.read() if isinstance(s, PagedState) else s for p, s in self.state.items()}
-        return {**kept, "state": plain, "paging": (self._requested, self._spill_dir, self._host_bytes)}
+        return {**kept, "state": plain, "paging": (self._requested, self._spill_dir, self._host_bytes, self._on_device)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "paging" in state:  # a copy, or from a pickle: pages of its own
             state = dict(state)
-            self._requested, self._spill_dir, self._host_bytes = state.pop("paging")
+            self._requested, self._spill_dir, self._host_bytes, self._on_device = state.pop("paging")
             self._no_pages()
             groups = {p: group for group in state["param_groups"] for p in group["params"]}
             plain, state["state"] = state["state"], defaultdict(dict)
@@ -422,6 +331,7 @@ class PagedOptimizer:
         budget_bytes      what resident pages may take: whole pages, `requested_bytes` (resident_bytes=; None: half of the
                           free memory) rounded down to them, or up to `minimum_bytes`
         pages_in, pages_out, seconds_waited, …    since the beginning: pages read and written, time step() stood still
+        transfer, unified    on a GPU: how its kernels reach the host's pages, and whether its own are unified memory
         """
         report: dict[str, Any] = {
             "state_bytes": 0, "resident_bytes": 0, "host_bytes": 0, "spilled_bytes": 0,
@@ -449,6 +359,7 @@ class PagedOptimizer:
             report["bytes_in"] += stats["pages_in"] * memory.page_bytes
             report["bytes_out"] += stats["pages_out"] * memory.page_bytes
             report["pinned_bytes"] += stats.get("pinned_bytes", 0)
+            report |= {key: stats[key] for key in ("transfer", "unified") if key in stats}
             report |= {"page_bytes": memory.page_bytes, "spill_dir": memory.spill_dir, "direct_io": stats["direct_io"]}
         return report
 

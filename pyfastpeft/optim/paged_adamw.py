@@ -15,7 +15,8 @@ from pyfastpeft.ops._library import DTYPE_CODES
 from pyfastpeft.ops.adamw import standard_maps
 from pyfastpeft.optim.adamw import AdamW
 from pyfastpeft.optim.page_space import SCALE, STEP, Field, PagedState, Piece
-from pyfastpeft.optim.paged import Call, PagedOptimizer, StepPlan
+from pyfastpeft.optim.paged import PagedOptimizer
+from pyfastpeft.optim.step_plan import Call, StepPlan
 
 _FP32 = (STEP, Field("exp_avg", torch.float32), Field("exp_avg_sq", torch.float32))
 _8BIT = (
@@ -61,13 +62,18 @@ class PagedAdamW(PagedOptimizer, AdamW):
 
     host_bytes      for parameters on a GPU, where resident_bytes is the GPU's memory: pinned memory of the host for what
                     does not fit there, before anything goes to the disk; None: half of what is free
+    transfer        how the GPU's kernels reach pages in the host's memory: "copied" (to the GPU and back, by two streams
+                    beside the kernels', in slots that are a part of resident_bytes), "in_place" (over the link), or "auto":
+                    copied where resident_bytes has room for the slots. memory_report() has which
+    unified_memory  the GPU's pages are CUDA unified memory: the driver moves them to the host while a model needs their
+                    room. A warning, and plain memory, where the GPU has no concurrentManagedAccess. Never more than is
+                    free when the states are made
 
     A step is one pass over the pages in a fixed order: pages are read ahead and changed ones written back by threads of
     their own while others are computed; those that fit stay in memory for good. Tensors of any size are paged, small ones
     side by side. `state[p]` is a mapping that reads and writes the pages: `state[p]["exp_avg"]` is a copy.
 
-    On a GPU the kernel reads and writes the pages in pinned memory in place (pyfastpeft/optim/device_pages.py); there
-    stochastic_rounding is refused, since its random numbers count from the beginning of a tensor.
+    On a GPU stochastic_rounding is refused, since its random numbers count from the beginning of a tensor.
     """
 
     def __init__(
@@ -82,9 +88,11 @@ class PagedAdamW(PagedOptimizer, AdamW):
         resident_bytes: int | str | None = None,
         spill_dir: str | os.PathLike | None = None,
         host_bytes: int | str | None = None,
+        transfer: str = "auto",
+        unified_memory: bool = False,
         **options: Any,
     ) -> None:
-        self._open_pages(resident_bytes, spill_dir, host_bytes)
+        self._open_pages(resident_bytes, spill_dir, host_bytes, transfer, unified_memory)
         self._device_tables: dict[tuple[int, int], tuple] = {}
         super().__init__(params, lr, betas, eps, weight_decay, state_bits, **options)
 

@@ -16,7 +16,8 @@ import torch
 from pyfastpeft.optim.device_pages import DevicePages
 from pyfastpeft.optim.loading import LoadsStates
 from pyfastpeft.optim.page_space import STEP, Field, PagedState, Piece
-from pyfastpeft.optim.paged import Call, PagedOptimizer
+from pyfastpeft.optim.paged import PagedOptimizer
+from pyfastpeft.optim.step_plan import Call
 from pyfastpeft.paged_memory import PagedMemory
 
 _CHUNK = 1 << 20  # values stepped together: temporaries stay small

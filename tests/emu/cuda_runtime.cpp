@@ -1,5 +1,7 @@
 // The functions of the CUDA runtime that launchers and bindings call, for a machine with one GPU: this executor.
+#include <cstdlib>
 #include <cstring>
+#include <map>
 #include <utility>
 
 #include "emu/executor.h"
@@ -20,9 +22,21 @@ cudaError_t attribute(int* value, cudaDeviceAttr what) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(emu::shared_limit(emu::config.capability));
       return cudaSuccess;
+    case cudaDevAttrConcurrentManagedAccess:
+      *value = 1;
+      return cudaSuccess;
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+constexpr std::size_t kDeviceBytes = std::size_t(1) << 30;
+std::map<const char*, std::size_t> managed;  // unified memory: where it begins and how long it is
+
+bool in_managed(const void* begin, std::size_t bytes) {
+  const char* first = static_cast<const char*>(begin);
+  auto block = managed.upper_bound(first);
+  return block != managed.begin() && (--block, first + bytes <= block->first + block->second);
 }
 
 }  // namespace
@@ -61,5 +75,39 @@ cudaError_t CUDARTAPI cudaMemcpyAsync(void* to, const void* from, std::size_t by
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
+
+cudaError_t CUDARTAPI cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t CUDARTAPI cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+  *total = *free = kDeviceBytes;
+  for (const auto& [begin, bytes] : managed) *free -= bytes;
+  return cudaSuccess;
+}
+cudaError_t CUDARTAPI cudaMallocManaged(void** memory, std::size_t bytes, unsigned) {
+  *memory = std::malloc(bytes);
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
+  managed[static_cast<const char*>(*memory)] = bytes;
+  return cudaSuccess;
+}
+cudaError_t CUDARTAPI cudaFree(void* memory) {
+  if (memory != nullptr && managed.erase(static_cast<const char*>(memory)) == 0) return cudaErrorInvalidValue;
+  std::free(memory);
+  return cudaSuccess;
+}
+#if CUDART_VERSION >= 13000
+cudaError_t CUDARTAPI cudaMemAdvise(const void* begin, std::size_t bytes, cudaMemoryAdvise, cudaMemLocation) {
+  return in_managed(begin, bytes) ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t CUDARTAPI cudaMemPrefetchAsync(const void* begin, std::size_t bytes, cudaMemLocation to, unsigned flags,
+                                           cudaStream_t) {
+  return in_managed(begin, bytes) && to.id == 0 && flags == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+#else
+cudaError_t CUDARTAPI cudaMemAdvise(const void* begin, std::size_t bytes, cudaMemoryAdvise, int) {
+  return in_managed(begin, bytes) ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t CUDARTAPI cudaMemPrefetchAsync(const void* begin, std::size_t bytes, int to, cudaStream_t) {
+  return in_managed(begin, bytes) && to == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+#endif
 
 }  // extern "C"

@@ -1,14 +1,15 @@
-"""State of parameters on a GPU, without one: a stand-in runs what it is given late, in the order of its stream and no sooner
-than somebody waits, so that a page let go too early holds other bits than AdamW's. The kernel itself runs on the host
+"""State of parameters on a GPU, without one: gpu_stand_in runs what it is given late and in no order but that of streams and
+events, so that a page used too early or let go too early holds other bits than AdamW's. The kernel itself runs on the host
 executor."""
 
 import copy
+import ctypes
 import os
-import random
 
 import pytest
 import torch
 from emu import backend, plugin
+from gpu_stand_in import StandIn
 from torch import nn
 
 import pyfastpeft as pf
@@ -26,75 +27,24 @@ def one_thread():
     torch.set_num_threads(former)
 
 
-class Event:
-    def __init__(self, stream, position):
-        self.stream, self.position = stream, position
-
-    def query(self):
-        self.stream.run(self.stream.rng.choice((0, 0, 0, 1)))
-        return self.stream.done >= self.position
-
-    def synchronize(self):
-        self.stream.waits += 1
-        self.stream.run(self.position - self.stream.done)
-
-
-class StandIn:
-    """A device with one stream; its memory and the host's are the same, and it has `room` bytes of its own."""
-
-    def __init__(self, seed=0, room=1 << 40, pins=True):
-        self.rng, self.room, self.pins = random.Random(seed), room, pins
-        self.work, self.done, self.waits, self.pinned = [], 0, 0, {}
-        self.device = torch.device("cpu")
-
-    def give(self, job):
-        self.work.append(job)
-
-    def run(self, count=None):
-        end = len(self.work) if count is None else self.done + max(count, 0)
-        while self.done < min(end, len(self.work)):
-            job, self.work[self.done] = self.work[self.done], None
-            self.done += 1
-            job()
-
-    def free_bytes(self):
-        return self.room
-
-    def allocate(self, nbytes):
-        if nbytes > self.room:
-            raise torch.OutOfMemoryError("the stand-in is full")
-        self.room -= nbytes
-        return torch.zeros(nbytes, dtype=torch.uint8)
-
-    def pin(self, address, nbytes):
-        if self.pins:
-            self.pinned[address] = nbytes
-        return self.pins
-
-    def unpin(self, address):
-        del self.pinned[address]
-
-    def record(self):
-        return Event(self, len(self.work))
-
-    def copy(self, target, source):
-        self.run()
-        target.copy_(source)
-
-
 class Paged(pf.optim.PagedAdamW):
     """PagedAdamW for CPU tensors, as if they were the stand-in's: each launch is the stand-in's to run."""
 
     def __init__(self, params, stand_in, resident, host, folder, **options):
-        self.stand_in, self.sizes = stand_in, (resident, host)
+        self.stand_in, self.sizes, self.all_here = stand_in, (resident, host), True
         super().__init__(params, spill_dir=folder, **options)
 
     def _memory_for(self, device):
-        return DevicePages(self.stand_in, *self.sizes, self._spill_dir, page_bytes=PAGE)
+        return DevicePages(self.stand_in, *self.sizes, self._spill_dir, page_bytes=PAGE, **self._on_device)
 
     def _launch(self, call, tables, pages, page_bytes, threads, options):
         as_it_is = copy.copy(call)  # addresses are passed by value
-        self.stand_in.give(lambda: super(Paged, self)._launch(as_it_is, tables, pages, page_bytes, 1, options))
+
+        def kernel():
+            self.all_here &= all(self.stand_in.is_here(page, page_bytes) for page in pages)
+            super(Paged, self)._launch(as_it_is, tables, pages, page_bytes, 1, options)
+
+        self.stand_in.give(kernel)
 
 
 def _params(shapes=SHAPES):
@@ -118,16 +68,36 @@ def _same(a, b, plain, paged):
         assert all(torch.equal(value, values[key]) for key, value in plain.state[p].items())
 
 
+def _run(a, b, plain, paged, steps=12):
+    for t in range(steps):
+        skip = {t % 5} if t % 4 == 3 else ()
+        _step(a, plain, t, skip)
+        _step(b, paged, t, skip)
+
+
+LARGE = 1 << 24
+TIERS = [  # pages on the device, on the host, and how the host's are reached
+    (0, LARGE, "auto"),
+    (3 * PAGE, LARGE, "auto"),
+    (LARGE, LARGE, "auto"),
+    (3 * PAGE, 4 * PAGE, "auto"),
+    (0, 2 * PAGE, "in_place"),
+    (0, LARGE, "copied"),
+    (9 * PAGE, LARGE, "auto"),
+    (4 * PAGE, LARGE, "copied"),
+    (5 * PAGE, 4 * PAGE, "copied"),
+    (0, 2 * PAGE, "copied"),
+]
+
+
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize(
-    ("resident", "host"), [(0, 1 << 24), (3 * PAGE, 1 << 24), (1 << 24, 1 << 24), (3 * PAGE, 4 * PAGE), (0, 2 * PAGE)]
-)
-def test_same_bits_for_every_tier(tmp_path, bits, resident, host):
-    for seed in range(2):
+@pytest.mark.parametrize(("resident", "host", "transfer"), TIERS)
+def test_same_bits_for_every_tier(tmp_path, bits, resident, host, transfer):
+    for seed in range(3):
         a, b = _params(), _params()
         stand_in = StandIn(seed)
         plain = pf.optim.AdamW(a, lr=1e-2, state_bits=bits)
-        paged = Paged(b, stand_in, resident, host, tmp_path, lr=1e-2, state_bits=bits)
+        paged = Paged(b, stand_in, resident, host, tmp_path, lr=1e-2, state_bits=bits, transfer=transfer)
         for t in range(12):
             skip = {t % 5} if t % 4 == 3 else ()
             _step(a, plain, t, skip)
@@ -137,9 +107,13 @@ def test_same_bits_for_every_tier(tmp_path, bits, resident, host):
         report = paged.memory_report()
         _same(a, b, plain, paged)
         assert report["resident_bytes"] + report["host_bytes"] + report["spilled_bytes"] == report["state_bytes"]
-        assert report["resident_bytes"] <= report["budget_bytes"] <= resident
+        budget = max(resident, report["minimum_bytes"])
+        assert report["resident_bytes"] <= report["peak_resident_bytes"] <= report["budget_bytes"] <= budget
         assert (report["spill_file_bytes"] > 0) == (report["state_bytes"] > resident + host)
-        assert 0 < sum(stand_in.pinned.values()) <= host or report["host_bytes"] + report["spilled_bytes"] == 0
+        on_host = report["host_bytes"] + report["spilled_bytes"]
+        assert 0 < sum(stand_in.pinned.values()) <= host or on_host == 0
+        copies = transfer == "copied" or resident == 9 * PAGE
+        assert report["transfer"] == (("copied" if copies else "in place") if on_host else None)
         other = Paged(_params(), StandIn(9), 1 << 24, 1 << 24, tmp_path, state_bits=bits)
         other.load_state_dict(saved)
         assert other.state[other.param_groups[0]["params"][2]]["step"].item() == 7
@@ -147,19 +121,123 @@ def test_same_bits_for_every_tier(tmp_path, bits, resident, host):
         assert not stand_in.pinned, "pinned memory goes with its owner"
 
 
-def test_nothing_waits_while_the_host_has_room(tmp_path):
+@pytest.mark.parametrize("deaf", [0, 1, 2])
+def test_the_stand_in_finds_copies_that_wait_for_nothing(tmp_path, deaf):
+    """Kernels (0) before their page has come, copies to a slot in use (1), copies of what no kernel has stepped (2)."""
+    wrong = 0
+    for seed in range(8):
+        a, b = _params(), _params()
+        plain = pf.optim.AdamW(a, lr=1e-2)
+        paged = Paged(b, StandIn(seed, deaf=deaf), 4 * PAGE, LARGE, tmp_path, lr=1e-2, transfer="copied")
+        _run(a, b, plain, paged, steps=6)
+        paged.stand_in.run()
+        wrong += not all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert wrong > 0
+
+
+@pytest.mark.parametrize("transfer", ["copied", "in_place"])
+def test_nothing_waits_while_the_host_has_room(tmp_path, transfer):
     """Page after page is launched behind an event; only what needs a frame again, or the host's eyes, waits."""
     params = _params()
     stand_in = StandIn()
-    paged = Paged(params, stand_in, 2 * PAGE, 1 << 24, tmp_path)
+    paged = Paged(params, stand_in, 4 * PAGE, LARGE, tmp_path, transfer=transfer)
     _step(params, paged, 0)
     before = stand_in.waits
     for t in range(1, 6):
         _step(params, paged, t)
-    assert stand_in.waits == before and stand_in.done < len(stand_in.work)
+    assert stand_in.waits == before and not stand_in.idle()
     report = paged.memory_report()
     assert report["pages_in"] == report["pages_out"] == 0
     stand_in.run()
+
+
+def test_copies_of_both_directions_and_kernels_are_under_way_together(tmp_path):
+    """When the host has launched everything, the streams need one another's page by page and not as wholes."""
+    params = _params([(200_000,)])
+    stand_in = StandIn()
+    paged = Paged(params, stand_in, 8 * PAGE, LARGE, tmp_path, transfer="copied")
+    for t in range(2):
+        _step(params, paged, t)
+    stand_in.run()
+    _step(params, paged, 2)
+    at_work, both = set(), 0
+    for stream in stand_in.streams:
+        stream.weight = 1.0
+    while not stand_in.idle():
+        ready = {i for i, s in enumerate(stand_in.streams) if s.done < len(s.work) and not s.blocked()}
+        at_work |= ready
+        both += {1, 2} <= ready
+        stand_in.run_one()
+    assert at_work == {0, 1, 2} and both > 10
+
+
+@pytest.mark.parametrize("host", [LARGE, 3 * PAGE])
+def test_unified_memory(tmp_path, host):
+    """What the driver has moved away for others is on the device again before a kernel needs it."""
+    for seed in range(3):
+        a, b = _params(), _params()
+        plain, stand_in = pf.optim.AdamW(a, lr=1e-2), StandIn(seed)
+        paged = Paged(b, stand_in, 6 * PAGE, host, tmp_path, lr=1e-2, unified_memory=True)
+        for t in range(8):
+            _step(a, plain, t)
+            _step(b, paged, t)
+            if t % 2:
+                stand_in.run()
+                stand_in.others_need_room()
+            if t == 5:
+                paged.state[b[2]]["exp_avg"] = paged.state[b[2]]["exp_avg"] * 1  # the host reads and writes it
+        assert paged.memory_report()["unified"] and paged.memory_report()["resident_bytes"] > 4 * PAGE
+        _same(a, b, plain, paged)
+        assert paged.all_here
+    paged.state[b[0]].space.memory._own[0].clear()
+    assert paged.state[b[0]]["step"].item() == 0
+
+
+def test_unified_memory_never_beyond_what_is_free(tmp_path):
+    params, stand_in = _params(), StandIn(room=3 * PAGE + 100)
+    paged = Paged(params, stand_in, 7 * PAGE, LARGE, tmp_path, unified_memory=True)
+    with pytest.warns(RuntimeWarning, match="no room for its budget"):
+        _step(params, paged, 0)
+    assert paged.memory_report()["budget_bytes"] == 3 * PAGE and stand_in.room == 100
+    stand_in.run()
+
+
+def test_unified_memory_that_a_device_has_not(tmp_path):
+    a, b = _params(), _params()
+    plain = pf.optim.AdamW(a)
+    paged = Paged(b, StandIn(managed=False), 6 * PAGE, LARGE, tmp_path, unified_memory=True)
+    with pytest.warns(RuntimeWarning, match="concurrentManagedAccess"):
+        _step(b, paged, 0)
+    _step(a, plain, 0)
+    _same(a, b, plain, paged)
+    assert not paged.memory_report()["unified"]
+
+
+def test_unified_memory_of_the_runtime_emulated():
+    module = plugin.executor()
+    assert module.ManagedMemory.available(0)
+    memory = module.ManagedMemory(PAGE, 0)
+    assert ctypes.string_at(memory.address(), PAGE) == bytes(PAGE)
+    memory.prefetch(4096, PAGE - 4096, 0)
+    with pytest.raises(ValueError, match="bytes 4096 to 69632 of 65536"):
+        memory.prefetch(4096, PAGE, 0)
+    with pytest.raises(RuntimeError, match=r"free$"):
+        module.ManagedMemory(1 << 30, 0)  # all there is, and a page of it is taken
+    del memory
+    module.ManagedMemory(1 << 30, 0)
+
+
+def test_slots_that_find_no_room(tmp_path):
+    a, b = _params(), _params()
+    plain, stand_in = pf.optim.AdamW(a), StandIn(room=PAGE)
+    paged = Paged(b, stand_in, 0, LARGE, tmp_path, transfer="copied")
+    with pytest.warns(RuntimeWarning, match="kernels reach them in place"):
+        _step(b, paged, 0)
+    _step(a, plain, 0)
+    _same(a, b, plain, paged)
+    assert paged.memory_report()["transfer"] == "in place"
+    with pytest.raises(ValueError, match="transfer is 'fast', expected one of auto, copied, in_place"):
+        pf.optim.PagedAdamW(a, transfer="fast")
 
 
 def test_memory_that_cannot_be_pinned(tmp_path):
@@ -189,6 +267,16 @@ def test_a_device_with_less_room_than_its_budget(tmp_path):
     _same(a, b, plain, paged)
     report = paged.memory_report()
     assert report["budget_bytes"] == 3 * PAGE >= report["resident_bytes"] > 2 * PAGE and report["host_bytes"] > 0
+    assert report["transfer"] == "in place"
+
+
+def test_a_device_that_is_full_keeps_room_for_slots(tmp_path):
+    a, b = _params(), _params()
+    plain, stand_in = pf.optim.AdamW(a), StandIn(room=7 * PAGE)
+    paged = Paged(b, stand_in, 10 * PAGE, 1 << 24, tmp_path, transfer="copied")
+    _run(a, b, plain, paged, steps=2)
+    _same(a, b, plain, paged)
+    assert paged.memory_report()["transfer"] == "copied" and stand_in.room == 0
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -224,12 +312,13 @@ def test_stochastic_rounding_on_a_gpu_is_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("bits", [32, 8])
-def test_on_a_gpu(tmp_path, bits):
+@pytest.mark.parametrize("way", [{"transfer": "copied"}, {"transfer": "in_place"}, {"unified_memory": True}], ids=str)
+def test_on_a_gpu(tmp_path, way, bits):
     a = [nn.Parameter(p.detach().cuda()) for p in _params()]
     b = [nn.Parameter(p.detach().cuda()) for p in _params()]
     plain = pf.optim.AdamW(a, lr=1e-2, state_bits=bits)
     paged = pf.optim.PagedAdamW(
-        b, lr=1e-2, state_bits=bits, resident_bytes=200_000, host_bytes=200_000, spill_dir=tmp_path
+        b, lr=1e-2, state_bits=bits, resident_bytes=300_000, host_bytes=200_000, spill_dir=tmp_path, **way
     )
     for t in range(20):
         for params, optimizer in ((a, plain), (b, paged)):

@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, m) {
   pyfastpeft::register_nf4(m);
   pyfastpeft::register_nf4_matmul(m);
   pyfastpeft::register_paged_memory(m);
+  pyfastpeft::register_segmented_lora(m);
 }

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from pyfastpeft import mixed_batch
 from pyfastpeft.inject import remove_hollow_holders, tied_targets
 from pyfastpeft.methods.base import AdapterHolder, MethodLayer, PeftConfig, adapter_holders
 from pyfastpeft.methods.registry import method_for
@@ -24,9 +25,14 @@ class AdaptedModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
 
-    def forward(self, *args, **kwargs):
-        """The model's output. In training a method's penalty (AdaLoRA's) is added to a loss that the output has."""
-        output = self.model(*args, **kwargs)
+    def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        """The model's output. In training a method's penalty (AdaLoRA's) is added to a loss that the output has.
+
+        adapter_names   inference only: the adapter of each sample of the batch, in place of the active ones; "__base__" for
+                        none. See pyfastpeft.mixed_batch.
+        """
+        with mixed_batch.mixed(self, adapter_names):
+            output = self.model(*args, **kwargs)
         if self.training and isinstance(getattr(output, "loss", None), torch.Tensor):
             penalty = self.penalty()
             if penalty is not None:

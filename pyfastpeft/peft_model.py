@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfastpeft import checkpoint, prompt_model, status
+from pyfastpeft import checkpoint, mixed_batch, prompt_model, status
 from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
 from pyfastpeft.methods.registry import method_for
@@ -120,9 +120,15 @@ class PeftModel(nn.Module):
         """`with model.disable_adapter():` answers as without adapters inside."""
         return self.base_model.disable_adapter()
 
-    def generate(self, *args, **kwargs) -> Any:
-        """The model's own generate(), with the active adapter's virtual tokens where it has some."""
-        return prompt_model.generate(self.get_base_model(), *args, **kwargs)
+    def generate(self, *args, adapter_names: list[str] | None = None, **kwargs) -> Any:
+        """The model's own generate(), with the active adapter's virtual tokens where it has some.
+
+        adapter_names   the adapter of each sample of the batch, in place of the active ones; "__base__" for none. With beams
+                        or several sequences a sample's all have its adapter.
+        """
+        model = self.get_base_model()
+        with mixed_batch.mixed(self.base_model, adapter_names, mixed_batch.expansion(model, args, kwargs)):
+            return prompt_model.generate(model, *args, **kwargs)
 
     def nearest_tokens(
         self, k: int = 5, metric: str = "cosine", tokenizer: Any = None, adapter_name: str | None = None

@@ -70,6 +70,16 @@ class ModulesToSaveWrapper(AdapterHolder):
     def _current(self) -> nn.Module:
         return self.result_module() if self.enabled else self.original_module
 
+    def check_mixed(self, name: str, path: str) -> None:
+        """PEFT's kinds: those whose result has a row for each sample."""
+        kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        if not isinstance(self.original_module, kinds):
+            raise ValueError(
+                f"adapter_names: adapter {name!r} has a copy of {path}, a {type(self.original_module).__name__}; only "
+                f"{', '.join(kind.__name__ for kind in kinds)} in modules_to_save can share a batch; use the adapter alone "
+                "(set_adapter)"
+            )
+
     def forward(self, *args, **kwargs):
         return self._current()(*args, **kwargs)
 

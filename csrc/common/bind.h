@@ -52,5 +52,6 @@ void register_lora(py::module_& m);
 void register_nf4(py::module_& m);
 void register_nf4_matmul(py::module_& m);
 void register_paged_memory(py::module_& m);
+void register_segmented_lora(py::module_& m);
 
 }  // namespace pyfastpeft

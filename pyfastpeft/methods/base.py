@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from pyfastpeft.mixed_batch import MixedBatch, by_adapter
 from pyfastpeft.nn import BaseLinear, as_base_linear
 
 # the release of Hugging Face PEFT whose fields, defaults and files these are; written where a config says none
@@ -134,10 +136,28 @@ class AdapterHolder(nn.Module):
     `base_model.model.<path>.<suffix>` with the suffixes of adapter_tensors().
     """
 
+    mixed: MixedBatch | None = None  # each sample's adapter, for the length of a call with adapter_names
+
     def __init__(self) -> None:
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.enabled = True
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            cls.forward = _serving_mixed_batches(cls.__dict__["forward"])
+
+    def forward_mixed(self, batch: MixedBatch, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """forward() where each sample of x has its own adapter of the batch, in place of the active ones."""
+        return by_adapter(self, batch, x, *args, **kwargs)
+
+    def check_mixed(self, name: str, path: str) -> None:
+        """Raises ValueError where this adapter, which is here, cannot be one of several in a batch."""
+        raise ValueError(
+            f"adapter_names: adapter {name!r} cannot share a batch with others, because of what it has at {path} "
+            f"({type(self).__name__}); use it alone (set_adapter)"
+        )
 
     def held_adapters(self) -> list[str]:
         """The adapters present here, oldest first."""
@@ -191,6 +211,9 @@ class MethodLayer(AdapterHolder):
         self.merged_adapters: tuple[str, ...] = ()
         self.base_changed = False  # by ReLoRA: the adapter's file alone does not make this layer any more
         self._snapshot: Any = None
+
+    def check_mixed(self, name: str, path: str) -> None:
+        """Any adapter of a layer can."""
 
     @property
     def base(self) -> BaseLinear:
@@ -352,6 +375,18 @@ class Method:
         resume: dict[str, torch.Tensor],
     ) -> None:
         """Called when the values are in loading_tensors()."""
+
+
+def _serving_mixed_batches(forward: Callable) -> Callable:
+    """A holder's forward, which hands a mixed batch to forward_mixed."""
+
+    @functools.wraps(forward)
+    def serving(self, *args, **kwargs):
+        if self.mixed is None or not self.enabled:
+            return forward(self, *args, **kwargs)
+        return self.forward_mixed(self.mixed, *args, **kwargs)
+
+    return serving
 
 
 def adapter_holders(model: nn.Module) -> Iterator[tuple[str, AdapterHolder]]:

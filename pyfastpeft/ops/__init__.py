@@ -7,8 +7,9 @@ from pyfastpeft.ops.nf4 import dequantize_4bit, quantize_4bit
 from pyfastpeft.ops.nf4_matmul import linear_4bit
 from pyfastpeft.ops.nf4_matmul_cuda import batch_invariant
 from pyfastpeft.ops.nf4_matmul_ia3 import linear_4bit_ia3
+from pyfastpeft.ops.segmented_lora import segmented_lora, segments
 
 __all__ = [
     "adamw_", "batch_invariant", "dequantize_4bit", "ia3_scale", "linear_4bit", "linear_4bit_ia3", "linear_lora",
-    "quantize_4bit",
+    "quantize_4bit", "segmented_lora", "segments",
 ]  # fmt: skip

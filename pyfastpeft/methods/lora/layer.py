@@ -21,10 +21,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from pyfastpeft import ops
 from pyfastpeft.methods.base import MethodLayer
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.initial import draw_weights, draw_with_bias, take_from_base, takes_from_base
+from pyfastpeft.mixed_batch import MixedBatch
 from pyfastpeft.nn.base_linear import scaled
+from pyfastpeft.nn.dense import has_own_forward
 
 
 class LoraLinear(MethodLayer):
@@ -139,12 +142,12 @@ class LoraLinear(MethodLayer):
         if any(name in self.lora_magnitude_vector for name in active):
             return self._forward_dora(base, x)
         if len(active) == 1:
-            return base.forward_lora(x, *self.factors(active[0]), self._dropout_p(active[0]))
+            return base.forward_lora(x, *self.call_factors(active[0]), self._dropout_p(active[0]))
         dropping = [name for name in active if self._dropout_p(name) > 0.0]
         if not dropping:
             return self._forward_together(base, x)
         # every adapter drops inputs of its own; only the first one fits into the fused op
-        y = base.forward_lora(x, *self.factors(active[0]), self._dropout_p(active[0]))
+        y = base.forward_lora(x, *self.call_factors(active[0]), self._dropout_p(active[0]))
         for name in active[1:]:
             a, b, scaling = self.factors(name)
             dropped = nn.functional.dropout(x, self._dropout_p(name))
@@ -155,6 +158,35 @@ class LoraLinear(MethodLayer):
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """(A [R, K], B [N, R], s) of an adapter's update s · B A, with their history for autograd."""
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
+    def call_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """factors() for an op, whose scaling is a number: one that is a tensor (hotswap) is multiplied into B."""
+        a, b, scaling = self.factors(name)
+        return (a, b * scaling, 1.0) if isinstance(scaling, torch.Tensor) else (a, b, scaling)
+
+    def forward_mixed(self, batch: MixedBatch, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The base's one product, and every adapter's update to its samples by one kernel; DoRA's by its samples apart."""
+        here = [name for name in batch.adapters if name in self.lora_A]
+        if any(name in self.lora_magnitude_vector for name in here):
+            return super().forward_mixed(batch, x, *args, **kwargs)
+        order, starts = batch.segments(x)
+        y = self.base_layer(x, *args, **kwargs)
+        if not here:
+            return y
+        if has_own_forward(self.base_layer, self.base._known_class()):  # hooks may keep what it gave
+            y = y.clone()
+        a, b, biases, scalings = [], [], [], []
+        for name in batch.adapters:
+            if name in self.lora_A:
+                factors, bias = self.call_factors(name), getattr(self.lora_B[name], "bias", None)
+                if bias is not None and factors[2] is not self.scaling[name]:  # B has been scaled
+                    bias = bias * self.scaling[name]
+            else:  # rank 0: its samples keep the base's answer
+                factors = a_and_b_of_nothing(self.in_features, self.out_features, x.device)
+                bias = None
+            for held, value in zip((a, b, scalings, biases), (*factors, bias), strict=True):
+                held.append(value)
+        return ops.segmented_lora(y, x.to(y.dtype), order, starts, a, b, biases, scalings)
 
     def _forward_together(self, base, x: torch.Tensor) -> torch.Tensor:
         """Several adapters as one of the summed rank: A = [A₁; A₂], B = [s₁ B₁, s₂ B₂], so x is read once."""
@@ -167,7 +199,7 @@ class LoraLinear(MethodLayer):
         """Each adapter's own y, of which all but one count only by how they differ from the base's."""
         y = None
         for name in self.active:
-            one = base.forward_lora(x, *self.factors(name), self._dropout_p(name))
+            one = base.forward_lora(x, *self.call_factors(name), self._dropout_p(name))
             if name in self.lora_magnitude_vector:
                 gain = self.lora_magnitude_vector[name].weight / self.row_norms(name)
                 one = scaled(one, gain)
@@ -252,6 +284,11 @@ class LoraLinear(MethodLayer):
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={rank}, scaling={self.scaling[name]:g}" for name, rank in self.r.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {{{ranks}}}, active={self.active}"
+
+
+def a_and_b_of_nothing(K: int, N: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Factors of rank 0."""
+    return torch.empty(0, K, device=device), torch.empty(N, 0, device=device), 1.0
 
 
 class _Magnitude(nn.Module):

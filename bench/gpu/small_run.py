@@ -23,6 +23,17 @@ def split_and_many_rows(device: str, dtype: torch.dtype) -> None:
     pf.ops.ia3_scale(x, torch.randn(9, device=device, requires_grad=True)).sum().backward()
 
 
+def mixed_batch(device: str, dtype: torch.dtype) -> None:
+    """Two adapters and none, in rows for the tensor cores and in rows that are not."""
+    order, starts = pf.ops.segments(torch.tensor([1, 0, -1, 1], device=device), 2)
+    for n, k in ((264, 520), (33, 67)):
+        x, y = (torch.randn(4, 9, size, device=device, dtype=dtype) for size in (k, n))
+        for factors in {torch.float32, dtype}:
+            a = [torch.randn(rank, k, device=device, dtype=factors) for rank in (5, 20)]
+            b = [torch.randn(n, rank, device=device, dtype=factors) for rank in (5, 20)]
+            pf.ops.segmented_lora(y, x, order, starts, a, b, [torch.randn(n, device=device), None], [0.5, 2.0])
+
+
 def optimizer_steps(device: str, dtype: torch.dtype) -> None:
     shapes = ((5000,), (3, 7), (4097,))
     params = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
@@ -62,6 +73,7 @@ def main(device: str = "cuda") -> None:
                 scale = torch.randn(k, device=device, requires_grad=True)
                 pf.ops.ia3_scale(x, scale).sum().backward()
         split_and_many_rows(device, dtype)
+        mixed_batch(device, dtype)
         optimizer_steps(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()

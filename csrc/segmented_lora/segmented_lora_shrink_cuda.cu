@@ -12,7 +12,7 @@
 // Decode, 64 samples of 64 adapters, K = 4096, R = 16, bf16, A fp32: 16.8 MB of A and 0.5 MB of x, 4.0 µs at 4.3 TB/s;
 // 66 blocks in the grid and 4 pieces of K: 264 blocks, each with 16 KB a turn of two steps in flight; predicted 6.5 µs.
 // Prefill, 8 adapters of 512 rows: 34 MB of x, and A 16 times a sample, 34 MB from L2: 8 µs, predicted 14 µs.
-// Shared memory 16 KB; 256 threads, two blocks on an SM.
+// Shared memory 16 KB; 256 threads of 96 to 126 registers, two blocks on an SM.
 //
 // FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows or factors do not lie at multiples of 16 bytes): 8 rows x 8
 // ranks a block, a warp one rank, the lanes side by side along K.

@@ -12,6 +12,7 @@ from emu.ptx import kernels
 import pyfastpeft as pf
 from pyfastpeft.ops import _cuda, _linear_cuda
 from pyfastpeft.reference import lora as reference
+from pyfastpeft.reference import segmented_lora as segmented
 
 SEED = torch.tensor([0x1234_5678_9ABC])
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -113,6 +114,21 @@ def test_low_rank_products(module, shape, dtype, capability, p):
     y = torch.empty(M, D, dtype=dtype)
     got, _ = _run(module, lambda: _linear_cuda.expand_(y, s, a, p, SEED, add=False), capability=capability)
     _close(got, path, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "K, N, dtype, own", [(37, 21, F32, False), (296, 40, BF16, False), (40, 264, F16, True), (21, 9, BF16, True)]
+)
+def test_segmented_lora(module, K, N, dtype, own):
+    x, y, ranks = torch.randn(4, 3, K).to(dtype), torch.randn(4, 3, N).to(dtype), (5, 20)
+    factors = dtype if own else F32
+    a, b = [torch.randn(r, K).to(factors) / 4 for r in ranks], [torch.randn(N, r).to(factors) / 4 for r in ranks]
+    order, starts = pf.ops.segments(torch.tensor([1, -1, 0, 1]), 2)
+    bias, scalings = [torch.randn(N), None], [0.5, 2.0]
+    got, names = _run(module, lambda: pf.ops.segmented_lora(y.clone(), x, order, starts, a, b, bias, scalings))
+    assert len(names) == 2
+    exact = [[None if t is None else t.double() for t in group] for group in (a, b, bias)]
+    _close(got, segmented.segmented_lora(y.double(), x.double(), order, starts, *exact, scalings), 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("rows, dtype", [(5, F32), (4097, BF16), (4, F16)])

@@ -252,9 +252,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="adapter_names has 4 names and a layer got a batch of 5; expected 4"):
         run(NAMES[:4])
     with pytest.raises(
-        ValueError, match=r"there are no adapters \['smal'\], expected some of \['part', 'small', 'wide'\]"
+        ValueError, match=r"there are no adapters \['tiny'\], expected some of \['part', 'small', 'wide'\]"
     ):
-        run(["smal", *NAMES[1:]])
+        run(["tiny", *NAMES[1:]])
     with pytest.raises(TypeError, match="adapter_names is 'small', expected a list"):
         run("small")
     with pytest.raises(TypeError, match="adapter_names holds 3, expected strings"):

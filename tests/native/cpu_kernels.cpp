@@ -18,6 +18,7 @@
 #include "lora/lora.h"
 #include "nf4/nf4.h"
 #include "nf4/nf4_matmul.h"
+#include "segmented_lora/segmented_lora.h"
 
 namespace pyfastpeft {
 namespace {
@@ -172,6 +173,26 @@ void check_lora(std::int64_t M, std::int64_t D, std::int64_t R, DType dtype, dou
           [&](void* out) { lora_accumulate_cpu(s.as(), M, R, x.get(), dtype, D, drop, static_cast<float*>(out)); });
 }
 
+// Samples of `rows` rows with three adapters, of ranks R, 0 and R + 3, and one sample without.
+void check_segmented_lora(std::int64_t rows, std::int64_t K, std::int64_t N, std::int32_t R, DType dtype,
+                          DType factors) {
+  const std::int64_t samples = 6;
+  const std::int32_t order[] = {5, 3, 0, 1, 4, 2}, starts[] = {1, 3, 3, 6};
+  Buffer x = random(samples * rows * K, dtype), y = random(samples * rows * N, dtype), bias = random(N, DType::f32);
+  Buffer a = random((R + 3) * K, factors), b = random((R + 3) * N, factors);
+  const std::vector<SegmentedAdapter> adapters = {{a.get(), b.get(), bias.as(), 0.5f, R},
+                                                  {nullptr, nullptr, nullptr, 1.0f, 0},
+                                                  {a.get(), b.get(), nullptr, 2.0f, R + 3}};
+  compare("segmented_lora", samples * rows * N, dtype,
+          dtype == DType::bf16  ? 2e-2
+          : dtype == DType::f16 ? 2e-3
+                                : 1e-5,
+          rows, N, K, [&](void* out) {
+            std::memcpy(out, y.get(), std::size_t(samples * rows * N * size_of(dtype)));
+            segmented_lora_cpu(x.get(), out, dtype, K, N, {order, starts, samples, rows}, adapters, factors);
+          });
+}
+
 void check_ia3(std::int64_t M, std::int64_t D, DType dtype) {
   Buffer x = random(M * D, dtype), scale = random(D, DType::f32), grad = random(M * D, dtype);
   compare("ia3_scale", M * D, dtype, 0, M, 0, D,
@@ -230,6 +251,8 @@ int main() {
       check_lora(130, 35, 17, dtype, p);
       check_lora(3, 1030, 4, dtype, p);
     }
+    check_segmented_lora(1, 67, 21, 5, dtype, DType::f32);
+    check_segmented_lora(7, 1041, 270, 17, dtype, dtype);
     check_ia3(5, 35, dtype);
     check_ia3(67, 8, dtype);
     for (const std::int64_t n : {std::int64_t{1}, std::int64_t{255}, std::int64_t{1031}})

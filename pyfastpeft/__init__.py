@@ -1,6 +1,6 @@
 """pyfastpeft: parameter-efficient fine-tuning at the speed of the hardware."""
 
-from pyfastpeft import nn, ops, optim
+from pyfastpeft import integrations, nn, ops, optim
 from pyfastpeft.build_info import build_info
 from pyfastpeft.methods import (
     AdaLoraConfig,
@@ -58,6 +58,7 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
+    "integrations",
     "load_quantized_state_dict",
     "nn",
     "ops",

@@ -290,24 +290,43 @@ class PeftModel(nn.Module):
         return getattr(former, "vocab_size", None) != getattr(config, "vocab_size", None)
 
 
+# An instance answers through a forward of its own, with the model's signature (_show_signature); transformers' Trainer
+# looks at the class's for the names of labels, without which it evaluates no loss.
+
+
 class PeftModelForCausalLM(PeftModel):
     """The class of task_type CAUSAL_LM."""
+
+    def forward(self, *args, labels=None, **kwargs) -> Any:
+        return self.base_model(*args, labels=labels, **kwargs)
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """The class of task_type SEQ_2_SEQ_LM."""
 
+    def forward(self, *args, labels=None, **kwargs) -> Any:
+        return self.base_model(*args, labels=labels, **kwargs)
+
 
 class PeftModelForSequenceClassification(PeftModel):
     """The class of task_type SEQ_CLS; the head ("classifier" or "score") is trained and saved with the adapter."""
+
+    def forward(self, *args, labels=None, **kwargs) -> Any:
+        return self.base_model(*args, labels=labels, **kwargs)
 
 
 class PeftModelForTokenClassification(PeftModel):
     """The class of task_type TOKEN_CLS; the head ("classifier" or "score") is trained and saved with the adapter."""
 
+    def forward(self, *args, labels=None, **kwargs) -> Any:
+        return self.base_model(*args, labels=labels, **kwargs)
+
 
 class PeftModelForQuestionAnswering(PeftModel):
     """The class of task_type QUESTION_ANS."""
+
+    def forward(self, *args, start_positions=None, end_positions=None, **kwargs) -> Any:
+        return self.base_model(*args, start_positions=start_positions, end_positions=end_positions, **kwargs)
 
 
 class PeftModelForFeatureExtraction(PeftModel):

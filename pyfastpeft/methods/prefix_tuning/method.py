@@ -88,9 +88,12 @@ class Prefixes(PromptHolder):
     def _columns(self, encoder: nn.Module, begin: int, end: int) -> torch.Tensor:
         if is_flat(encoder):
             return encoder.embedding.weight[:, begin:end]
-        frozen = not torch.is_grad_enabled() or not any(p.requires_grad for p in encoder.parameters())
-        if not frozen or torch.compiler.is_compiling():
-            # each attention computes its own part: nothing is shared between layers that are checkpointed
+        if any(p.requires_grad for p in encoder.parameters()):
+            # each attention computes its own part: nothing is shared between layers that are checkpointed. Nothing is kept
+            # in evaluation either: torch's fused optimizers change parameters without counting their versions
+            self._whole = None
+            return encoder.columns(begin, end)
+        if torch.compiler.is_compiling():
             return encoder.columns(begin, end)
         if any(p.is_inference() for p in encoder.parameters()):
             return encoder.columns(begin, end)  # they do not say when they change

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from pyfastpeft.peft_model import PeftModel
+if TYPE_CHECKING:
+    from pyfastpeft.peft_model import PeftModel
 
 
 class AdapterCheckpoints:
@@ -26,6 +28,8 @@ class AdapterCheckpoints:
     """
 
     def _adapted(self) -> PeftModel | None:
+        from pyfastpeft.peft_model import PeftModel
+
         model = self.accelerator.unwrap_model(self.model)
         return model if isinstance(model, PeftModel) else None
 

@@ -161,9 +161,7 @@ class AdaptedModel(nn.Module):
         if merged - set(names):
             raise RuntimeError(f"adapters {sorted(merged)} are merged into the weights; unmerge_adapter() first")
         for path, holder in holders:
-            here = [name for name in names if name in holder.held_adapters()]
-            if len(here) > 1 and not isinstance(holder, MethodLayer):
-                raise ValueError(f"adapters {here} each have a copy of {path}: only one of them can be active")
+            holder.check_together([name for name in names if name in holder.held_adapters()], path)
         for _, holder in holders:
             holder.activate(names, not inference_mode)
         for name in self.peft_config:

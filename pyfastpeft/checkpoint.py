@@ -312,7 +312,7 @@ def embedding_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         bare = module.bare_module() if isinstance(module, AdapterHolder) else module
         if not any(layer is not None and layer in (module, bare) for layer in layers):
             continue
-        suffix = "base_layer.weight" if hasattr(module, "base_layer") else "weight"
+        suffix = f"{module.base_key}.weight" if hasattr(module, "base_key") else "weight"
         weight = getattr(bare, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.is_floating_point():
             tensors[f"{KEY_PREFIX}{path}.{suffix}"] = weight

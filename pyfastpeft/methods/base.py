@@ -187,6 +187,11 @@ class AdapterHolder(nn.Module):
         """Takes itself out of the model: bare_module(), or result_module() once adapters are merged, takes its place."""
         replace_module(model, self, self.result_module() if merged else self.bare_module())
 
+    def check_together(self, names: list[str], path: str) -> None:
+        """Raises ValueError if these adapters, which are here, cannot be active at once."""
+        if len(names) > 1:
+            raise ValueError(f"adapters {names} each have a copy of {path}: only one of them can be active")
+
     def check_mergeable(self, names: Iterable[str]) -> None:
         """Raises ValueError if one of the adapters is here and cannot become part of the weights."""
 
@@ -202,6 +207,7 @@ class AdapterHolder(nn.Module):
 class MethodLayer(AdapterHolder):
     """An AdapterHolder around `base_layer` whose adapters can be folded into its weight (LoRA, (IA)³, …)."""
 
+    base_key = "base_layer"  # where the files have the base's tensors
     merges_weight = True  # False: merging leaves the weight as it is, so a quantised one loses nothing
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -214,6 +220,9 @@ class MethodLayer(AdapterHolder):
 
     def check_mixed(self, name: str, path: str) -> None:
         """Any adapter of a layer can."""
+
+    def check_together(self, names: list[str], path: str) -> None:
+        """Any adapters of a layer can: their updates add up."""
 
     @property
     def base(self) -> BaseLinear:

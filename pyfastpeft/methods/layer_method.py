@@ -11,6 +11,7 @@ from pyfastpeft.inject import bias_tensors, find_targets, resolved_target_module
 from pyfastpeft.methods.base import AdapterHolder, Method, MethodLayer, PeftConfig, replace_module
 from pyfastpeft.nn import as_base_linear
 from pyfastpeft.saved_modules import add_saved_modules, check_saved_modules
+from pyfastpeft.trainable_tokens import add_trainable_tokens, find_token_modules
 
 
 class LayerMethod(Method):
@@ -36,6 +37,7 @@ class LayerMethod(Method):
         targets = find_targets(model, config, strict=strict)
         self._check_same_method(targets)
         saved = check_saved_modules(model, config, adapter_name, strict=strict)
+        tokens = find_token_modules(model, config, targets, saved)
         config.target_modules = resolved_target_modules(model, config, targets)
         self.check_targets(config, targets, strict)
         _note_storage(config, targets)
@@ -49,6 +51,7 @@ class LayerMethod(Method):
             if layer is not module:
                 replace_module(model, module, layer)
         add_saved_modules(model, saved, adapter_name)
+        add_trainable_tokens(model, tokens, adapter_name, fp32=fp32)
         return config
 
     def tensors(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, torch.Tensor]:

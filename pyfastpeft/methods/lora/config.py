@@ -18,6 +18,7 @@ from pyfastpeft.methods.checks import (
     names_to_set,
 )
 from pyfastpeft.methods.lora.initial import check_init
+from pyfastpeft.trainable_tokens import check_token_indices
 
 BIAS_MODES = ("none", "all", "lora_only")
 
@@ -46,6 +47,8 @@ class LoraConfig(PeftConfig):
     layers_to_transform   indices of the layers to adapt, for a list of target_modules
     layers_pattern     the name before the index ("layers", "h"); None: any
     rank_pattern, alpha_pattern   {name or regular expression: r or lora_alpha} for some of the layers
+    trainable_token_indices   tokens whose rows of the input embedding train too, or {module: tokens}; a head that shares
+                       the embedding's weight follows (trainable_tokens.py)
 
     The other fields are PEFT's for variants that are not here yet; a value other than the default raises
     NotImplementedError with the field's name.
@@ -96,6 +99,7 @@ class LoraConfig(PeftConfig):
         self._check_names()
         self._check_numbers()
         self._check_layers()
+        check_token_indices(self)
         names_to_set(self, "target_modules", "exclude_modules")
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,7 +222,7 @@ class LoraConfig(PeftConfig):
 
 
 _UNSUPPORTED = frozenset(
-    """megatron_config megatron_core trainable_token_indices eva_config corda_config lora_ga_config
+    """megatron_config megatron_core eva_config corda_config lora_ga_config
     velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
     target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
 )

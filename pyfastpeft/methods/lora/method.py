@@ -71,6 +71,8 @@ class LoraMethod(LayerMethod):
         kind = check_combination(len(adapters), weights, kind, density, sign)
         if any(config.lora_bias for config in configs):
             raise ValueError("add_weighted_adapter: adapters with lora_bias cannot be combined")
+        if any(config.trainable_token_indices for config in configs):
+            raise ValueError("add_weighted_adapter: adapters with trainable_token_indices cannot be combined")
         if any(config.use_dora for config in configs):
             raise ValueError("add_weighted_adapter: DoRA adapters have no sum; merge_adapter() them one by one")
         layers = {p: m for each in adapters for p, m in self._layers(adapted.model, each).items()}

@@ -14,7 +14,7 @@ import torch
 
 from pyfastpeft._native import _C
 from pyfastpeft.ops import _cuda
-from pyfastpeft.ops._library import dtype_code, register_op
+from pyfastpeft.ops._library import DTYPE_CODES, dtype_code, register_op
 from pyfastpeft.ops._linear import as_rows
 from pyfastpeft.reference import segmented_lora as reference
 
@@ -44,20 +44,24 @@ def _check(y, x, order, starts, lora_a, lora_b, lora_bias, scalings) -> None:
             f"{_OP}: {len(lora_a)} lora_a, {len(lora_b)} lora_b, {len(lora_bias)} lora_bias and {len(scalings)} scalings, "
             "expected as many of each"
         )
-    K, N = x.shape[-1], y.shape[-1]
-    for i, (a, b, bias) in enumerate(zip(lora_a, lora_b, lora_bias, strict=True)):
-        dtype_code(a.dtype, _OP, f"lora_a[{i}]")
-        dtype_code(b.dtype, _OP, f"lora_b[{i}]")
-        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != K or b.shape != (N, a.shape[0]):
+    K, N, device = x.shape[-1], y.shape[-1], x.device
+    for i, (a, b, bias) in enumerate(zip(lora_a, lora_b, lora_bias, strict=True)):  # of many: names only for an error
+        if a.dtype not in DTYPE_CODES or b.dtype not in DTYPE_CODES:
+            dtype_code(a.dtype, _OP, f"lora_a[{i}]")
+            dtype_code(b.dtype, _OP, f"lora_b[{i}]")
+        if a.dim() != 2 or a.shape[1] != K or b.shape != (N, a.shape[0]):
             raise ValueError(
                 f"{_OP}: lora_a[{i}] has shape {tuple(a.shape)} and lora_b[{i}] {tuple(b.shape)}, expected [R, {K}] and "
                 f"[{N}, R]"
             )
         if bias is not None and bias.shape != (N,):
             raise ValueError(f"{_OP}: lora_bias[{i}] has shape {tuple(bias.shape)}, expected ({N},)")
-        for name, tensor in ((f"lora_a[{i}]", a), (f"lora_b[{i}]", b), (f"lora_bias[{i}]", bias)):
-            if tensor is not None and tensor.device != x.device:
-                raise ValueError(f"{_OP}: {name} is on {tensor.device}, x is on {x.device}; move one with .to(device)")
+        if a.device != device or b.device != device or (bias is not None and bias.device != device):
+            devices = [str(tensor.device) for tensor in (a, b, bias) if tensor is not None]
+            raise ValueError(
+                f"{_OP}: lora_a, lora_b and lora_bias [{i}] are on {', '.join(devices)}, x is on {device}; move them with "
+                ".to(device)"
+            )
     for name, tensor in (("y", y), ("order", order), ("starts", starts)):
         if tensor.device != x.device:
             raise ValueError(f"{_OP}: {name} is on {tensor.device}, x is on {x.device}; move one with .to(device)")
@@ -67,10 +71,14 @@ class _Factors:
     """What the bindings are handed of the adapters: dense, of one dtype, x's own or fp32. Holds the tensors alive."""
 
     def __init__(self, dtype: torch.dtype, lora_a, lora_b, lora_bias) -> None:
-        own = all(t.dtype == dtype for t in (*lora_a, *lora_b) if t.numel())
-        self.dtype = dtype if own else torch.float32
-        self.a, self.b = ([t.to(self.dtype).contiguous() for t in factors] for factors in (lora_a, lora_b))
+        dtypes = {t.dtype for factors in (lora_a, lora_b) for t in factors if t.numel()}
+        self.dtype = dtype if dtypes == {dtype} else torch.float32
+        self.a, self.b = ([self._dense(t) for t in factors] for factors in (lora_a, lora_b))
         self.bias = [None if t is None else t.to(torch.float32).contiguous() for t in lora_bias]
+
+    def _dense(self, t: torch.Tensor) -> torch.Tensor:
+        # asked first: of many adapters, two calls that return their argument cost more than the kernels
+        return t if t.dtype == self.dtype and t.is_contiguous() else t.to(self.dtype).contiguous()
 
     def addresses(self) -> tuple[list[int], ...]:
         ranks = [a.shape[0] for a in self.a]

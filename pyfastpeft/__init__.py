@@ -16,6 +16,7 @@ from pyfastpeft.methods import (
     PromptTuningInit,
     TaskType,
 )
+from pyfastpeft.methods.lora.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from pyfastpeft.nn.load_quantized import load_quantized_state_dict
 from pyfastpeft.peft_model import (
     PeftModel,
@@ -58,11 +59,13 @@ __all__ = [
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
+    "hotswap_adapter",
     "integrations",
     "load_quantized_state_dict",
     "nn",
     "ops",
     "optim",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "quantize_model",
 ]

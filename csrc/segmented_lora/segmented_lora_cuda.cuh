@@ -40,7 +40,7 @@ __device__ __forceinline__ SegmentedTile segmented_tile(const SegmentedCall& cal
     if (begin < 0 || end > call.positions) return {-1, 0, 0};
     const std::int64_t first = begin + tile * kRows, tiles = (end - begin + kRows - 1) / kRows;
     if (tile < tiles) return {i, int(first), int(end - first < kRows ? end - first : kRows)};
-    tile -= tiles > 0 ? tiles : 0;
+    tile -= tiles;
   }
   return {-1, 0, 0};
 }

@@ -50,6 +50,13 @@ class LoraLinear(MethodLayer):
         self.taken: set[str] = set()  # adapters whose first values were taken out of the base's weight
         self._row_norms: tuple[tuple, torch.Tensor] | None = None
 
+    def _apply(self, fn, recurse: bool = True):
+        result = super()._apply(fn, recurse)
+        for name, scaling in self.scaling.items():  # tensors once they are prepared for hotswap
+            if isinstance(scaling, torch.Tensor) and scaling.device != self.base.device:
+                self.scaling[name] = scaling.to(self.base.device)
+        return result
+
     @property
     def fan_in_fan_out(self) -> bool:
         return self.base.fan_in_fan_out

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pyfastpeft.inject import tied_targets
-from pyfastpeft.methods.base import PeftType, bare_modules
+from pyfastpeft.methods.base import KEY_PREFIX, PeftType, bare_modules
 from pyfastpeft.methods.layer_method import LayerMethod
 from pyfastpeft.methods.lora.combine import KINDS, check_combination, combine_factors
 from pyfastpeft.methods.lora.config import LoraConfig
@@ -109,6 +109,17 @@ class LoraMethod(LayerMethod):
                 layer.lora_A[name].weight.copy_(a), layer.lora_B[name].weight.copy_(b)
             for source, target in zip(_saved(adapted, saved[0]) if saved else (), _saved(adapted, name), strict=True):
                 target.copy_(source)
+
+    def to_file(self, tensors, config: LoraConfig):
+        """Without the ranks that prepare_model_for_compiled_hotswap added."""
+        kept = dict(tensors)
+        for key, tensor in tensors.items():
+            path, _, part = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
+            if part == "A.weight" and tensor.dim() == 2:
+                kept[key] = tensor[: config.rank_for(path)]
+            elif part == "B.weight" and tensor.dim() == 2:
+                kept[key] = tensor[:, : config.rank_for(path)].contiguous()
+        return kept
 
     def resume_tensors(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
         """The weights of the layers whose base ReLoRA has changed, as their state dicts have them."""

@@ -124,7 +124,7 @@ def hotswap_adapter(
     live = method.tensors(adapted.model, former, adapter_name)
     if config.target_modules is None:
         method.fill_targets(adapted.model, config, strict=False)
-    here = {path for path in find_targets(adapted.model, config, strict=False) if path in layers}
+    here = [path for path in find_targets(adapted.model, config, strict=False) if path in layers]
     absent = {path: layer for path, layer in layers.items() if path not in here}
     expected = {k: t for k, t in live.items() if not any(k.startswith(f"{KEY_PREFIX}{path}.lora_") for path in absent)}
     found = {key: t for key, t in found.items() if ".original_module." not in key and ".modules_to_save." not in key}

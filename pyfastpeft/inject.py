@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -24,17 +24,26 @@ from pyfastpeft.saved_modules import HEAD_NAMES, saved_module_names
 ALL_LINEAR = "all-linear"
 
 
-def find_targets(model: nn.Module, config: PeftConfig, strict: bool = True) -> dict[str, nn.Module]:
-    """{path: module} of the linear layers, adapted already or not, that target_modules names, in the model's order.
+def find_targets(
+    model: nn.Module,
+    config: PeftConfig,
+    strict: bool = True,
+    adaptable: Callable[[nn.Module], bool] = lambda bare: False,
+) -> dict[str, nn.Module]:
+    """{path: module} of the layers, adapted already or not, that target_modules names, in the model's order.
+
+    adaptable   what the method can adapt besides linear layers, as modules without adapters
 
     A name matches a whole path or its end after a dot; a string is a regular expression for the whole path, or
     "all-linear". exclude_modules, modules_to_save and layers_to_transform narrow it down.
 
     Raises ValueError, listing near misses, when nothing matches, when an entry of a list matches no module (strict;
-    otherwise a warning: a file may come from a model with more layers), or when a matching module is not a linear one.
+    otherwise a warning: a file may come from a model with more layers), or when a matching module is neither linear nor adaptable. "all-linear" means
+    the linear ones.
     """
     modules = dict(bare_modules(model))
     linears = {path for path, module in modules.items() if path and _base_of(module) is not None}
+    known = linears | {path for path, module in modules.items() if path and adaptable(bare_layer(module))}
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         matched = linears - output_heads(model, modules)
@@ -42,16 +51,17 @@ def find_targets(model: nn.Module, config: PeftConfig, strict: bool = True) -> d
         matched = {path for path in modules if path and re.fullmatch(wanted, path)}
     else:
         matched = {path for path in modules if path and named_by(path, wanted)}
-        _check_every_entry(wanted, matched, linears, strict)
+        _check_every_entry(wanted, matched, known, strict)
     targets = {path for path in matched if not excluded(path, config) and _in_layers(path, config)}
     if not targets:
-        raise ValueError(_nothing_matched(config, matched, linears))
-    wrong = [path for path in modules if path in targets and path not in linears]
+        raise ValueError(_nothing_matched(config, matched, known))
+    wrong = [path for path in modules if path in targets and path not in known]
     if wrong:
         kinds = ", ".join(f"{path} ({_kind(modules[path])})" for path in wrong[:5])
         raise ValueError(
-            f"target_modules matches {len(wrong)} modules that are not linear layers this method can adapt: {kinds}; "
-            "expected nn.Linear, Conv1D or NF4Linear. Name the linear layers, or take the others out with "
+            f"target_modules matches {len(wrong)} modules that are not layers this method can adapt: {kinds}; "
+            "expected nn.Linear, Conv1D or NF4Linear (LoRA: nn.Embedding, nn.Conv1d, Conv2d, Conv3d too; (IA)³: the "
+            "convolutions). Name such layers, or take the others out with "
             "exclude_modules"
         )
     warn_unused_exclusion(config, modules)
@@ -64,8 +74,13 @@ def warn_unused_exclusion(config: PeftConfig, modules: Iterable[str]) -> None:
         warnings.warn(f"exclude_modules={_shown(config.exclude_modules)} matches no module", stacklevel=3)
 
 
+def bare_layer(module: nn.Module) -> nn.Module:
+    """The module without the adapters around it."""
+    return module.base_layer if isinstance(module, MethodLayer) else module
+
+
 def _base_of(module: nn.Module):
-    return as_base_linear(module.base_layer if isinstance(module, MethodLayer) else module)
+    return as_base_linear(bare_layer(module))
 
 
 def _kind(module: nn.Module) -> str:
@@ -137,7 +152,7 @@ def near_misses(names: Iterable[str], linears: set[str]) -> str:
         pool = sorted({".".join(path.split(".")[-parts:]) for path in linears})
         found += difflib.get_close_matches(name, pool, n=3, cutoff=0.5)
     near = f"; near misses: {', '.join(dict.fromkeys(found))}" if found else ""
-    return f"{near}; its linear layers end in: {', '.join(ends[:40]) or 'none'}"
+    return f"{near}; the layers it can adapt end in: {', '.join(ends[:40]) or 'none'}"
 
 
 def _nothing_matched(config: PeftConfig, matched: set[str], linears: set[str]) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pyfastpeft.mixed_batch import MixedBatch, by_adapter
-from pyfastpeft.nn import BaseLinear, as_base_linear
+from pyfastpeft.nn import BaseLinear, as_base_layer
 
 # the release of Hugging Face PEFT whose fields, defaults and files these are; written where a config says none
 PEFT_VERSION = "0.21.2"
@@ -213,7 +213,7 @@ class MethodLayer(AdapterHolder):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._view = as_base_linear(base_layer)
+        self._view = as_base_layer(base_layer)
         self.merged_adapters: tuple[str, ...] = ()
         self.base_changed = False  # by ReLoRA: the adapter's file alone does not make this layer any more
         self._snapshot: Any = None
@@ -228,7 +228,7 @@ class MethodLayer(AdapterHolder):
     def base(self) -> BaseLinear:
         """The view of base_layer; kept, because torch.compile cannot trace how one is found."""
         if self._view.module is not self.base_layer:
-            self._view = as_base_linear(self.base_layer)
+            self._view = as_base_layer(self.base_layer)
         return self._view
 
     def get_base_layer(self) -> nn.Module:

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from pyfastpeft.inject import bias_tensors, find_targets, resolved_target_modules, warn_tied
+from pyfastpeft.inject import bare_layer, bias_tensors, find_targets, resolved_target_modules, warn_tied
 from pyfastpeft.methods.base import AdapterHolder, Method, MethodLayer, PeftConfig, replace_module
 from pyfastpeft.nn import as_base_linear
 from pyfastpeft.saved_modules import add_saved_modules, check_saved_modules
@@ -15,12 +15,19 @@ from pyfastpeft.trainable_tokens import add_trainable_tokens, find_token_modules
 
 
 class LayerMethod(Method):
-    """A method whose adapters live in `layer_class` around the linear layers that config.target_modules names.
+    """A method whose adapters live in `layer_class` around the layers that config.target_modules names.
 
     layer_class needs `add_adapter(name, config, path, *, fp32, init)`.
     """
 
     layer_class: type[MethodLayer]
+
+    def layer_class_for(self, bare: nn.Module) -> type[MethodLayer] | None:
+        """The layer (layer_class or a subclass of it) that goes around such a module; None: the method cannot adapt it."""
+        return self.layer_class if as_base_linear(bare) is not None else None
+
+    def check_layer(self, path: str, bare: nn.Module, config: PeftConfig) -> None:
+        """Raises ValueError where this module cannot have an adapter of this config."""
 
     def fill_targets(self, model: nn.Module, config: PeftConfig, strict: bool) -> None:
         """Sets config.target_modules (and what goes with it) where the config leaves it to the architecture."""
@@ -34,7 +41,7 @@ class LayerMethod(Method):
     ) -> PeftConfig:
         config = config.copy()
         self.fill_targets(model, config, strict)
-        targets = find_targets(model, config, strict=strict)
+        targets = find_targets(model, config, strict, lambda bare: self.layer_class_for(bare) is not None)
         self._check_same_method(targets)
         saved = check_saved_modules(model, config, adapter_name, strict=strict)
         tokens = find_token_modules(model, config, targets, saved)
@@ -42,9 +49,12 @@ class LayerMethod(Method):
         self.check_targets(config, targets, strict)
         _note_storage(config, targets)
         warn_tied(model, targets)
+        for path, module in targets.items():
+            self.check_layer(path, bare_layer(module), config)
         layers = []
         for path, module in targets.items():
-            layer = module if isinstance(module, MethodLayer) else self.layer_class(module).train(module.training)
+            made = isinstance(module, MethodLayer)
+            layer = module if made else self.layer_class_for(module)(module).train(module.training)
             layer.add_adapter(adapter_name, config, path, fp32=fp32, init=init)
             layers.append((module, layer))
         for module, layer in layers:
@@ -60,7 +70,7 @@ class LayerMethod(Method):
 
     def _check_same_method(self, targets: dict[str, nn.Module]) -> None:
         for path, module in targets.items():
-            if isinstance(module, AdapterHolder) and type(module) is not self.layer_class:
+            if isinstance(module, AdapterHolder) and type(module) is not self.layer_class_for(bare_layer(module)):
                 raise ValueError(
                     f"{path} has an adapter of another method already ({type(module).__name__}); a layer holds adapters "
                     f"of one method: take it out of target_modules, or delete_adapter() the others first"
@@ -69,10 +79,8 @@ class LayerMethod(Method):
 
 def _note_storage(config: PeftConfig, targets: dict[str, nn.Module]) -> None:
     """Sets fan_in_fan_out to what the targets are, with a warning where the config said otherwise, as PEFT does."""
-    kinds = {
-        as_base_linear(m.base_layer if isinstance(m, MethodLayer) else m).fan_in_fan_out: type(m).__name__
-        for m in targets.values()
-    }
+    views = ((as_base_linear(bare_layer(m)), type(m).__name__) for m in targets.values())
+    kinds = {view.fan_in_fan_out: kind for view, kind in views if view is not None}
     if len(kinds) == 1 and config.fan_in_fan_out not in kinds:
         ((transposed, kind),) = kinds.items()
         warnings.warn(

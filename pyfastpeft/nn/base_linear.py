@@ -174,9 +174,12 @@ class BaseLinear:
             dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=self.bias.requires_grad)
         return dense.train(self.module.training)
 
+    def _expected_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
     def _check_new_weight(self, weight: torch.Tensor) -> None:
         kind = type(self.module).__name__
-        expected = (self.out_features, self.in_features)
+        expected = self._expected_shape()
         if not weight.is_floating_point():
             raise TypeError(f"{kind}: the new weight has dtype {weight.dtype}, expected a floating-point dtype")
         if tuple(weight.shape) != expected:

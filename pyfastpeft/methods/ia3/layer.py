@@ -35,7 +35,7 @@ class IA3Linear(MethodLayer):
     def add_adapter(self, name: str, config: IA3Config, path: str, *, fp32: bool, init: bool) -> None:
         """Adds an adapter, frozen until it is activated; feed-forward or not as the config says of this path."""
         base, feedforward = self.base, config.is_feedforward(path)
-        shape = (1, self.in_features) if feedforward else (self.out_features, 1)
+        shape = self.vector_shape(config, path)
         # on the CPU and drawn even when it is ones, as PEFT does: a seed gives the same adapters everywhere
         vector = torch.randn(shape, device="cpu") if init else torch.empty(shape, device="cpu")
         if init and config.init_ia3_weights:
@@ -43,6 +43,10 @@ class IA3Linear(MethodLayer):
         wide = torch.promote_types(base.weight_dtype, torch.float32) if fp32 else base.weight_dtype
         self.ia3_l[name] = nn.Parameter(vector.to(base.device, wide), requires_grad=False)
         self.feedforward[name] = feedforward
+
+    def vector_shape(self, config: IA3Config, path: str) -> tuple[int, ...]:
+        """What shape PEFT's files have for the vector of this path."""
+        return (1, self.in_features) if config.is_feedforward(path) else (self.out_features, 1)
 
     def held_adapters(self) -> list[str]:
         return list(self.ia3_l)

@@ -9,16 +9,24 @@ from torch import nn
 
 from pyfastpeft.methods.base import PeftType, named_by
 from pyfastpeft.methods.ia3.config import IA3Config
+from pyfastpeft.methods.ia3.conv import IA3Conv
 from pyfastpeft.methods.ia3.layer import IA3Linear
 from pyfastpeft.methods.ia3.targets import default_targets
 from pyfastpeft.methods.layer_method import LayerMethod
 from pyfastpeft.methods.lora.combine import check_combination
+from pyfastpeft.nn import as_base_linear
+from pyfastpeft.nn.base_tables import BaseConv, as_base_layer
 
 
 class IA3Method(LayerMethod):
     peft_type = PeftType.IA3
     config_class = IA3Config
     layer_class = IA3Linear
+
+    def layer_class_for(self, bare: nn.Module) -> type[IA3Linear] | None:
+        if as_base_linear(bare) is not None:
+            return IA3Linear
+        return IA3Conv if isinstance(as_base_layer(bare), BaseConv) else None
 
     def fill_targets(self, model: nn.Module, config: IA3Config, strict: bool) -> None:
         usual = default_targets(model)
@@ -41,7 +49,7 @@ class IA3Method(LayerMethod):
         """The default feed-forward names that name one of the targets."""
         from pyfastpeft.inject import find_targets
 
-        paths = find_targets(model, config, strict=False)
+        paths = find_targets(model, config, False, lambda bare: self.layer_class_for(bare) is not None)
         return {name for name in config.feedforward_modules if any(named_by(path, (name,)) for path in paths)}
 
     def check_targets(self, config: IA3Config, targets: dict[str, nn.Module], strict: bool) -> None:

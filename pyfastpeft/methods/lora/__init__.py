@@ -3,5 +3,6 @@
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.layer import LoraLinear
 from pyfastpeft.methods.lora.method import LoraMethod
+from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding
 
-__all__ = ["LoraConfig", "LoraLinear", "LoraMethod"]
+__all__ = ["LoraConfig", "LoraConv", "LoraEmbedding", "LoraLinear", "LoraMethod"]

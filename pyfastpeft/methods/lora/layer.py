@@ -81,9 +81,7 @@ class LoraLinear(MethodLayer):
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
         self.r[name], self.lora_alpha[name], self.scaling[name] = rank, alpha, config.scaling(rank, alpha)
         if config.use_dora:
-            self.lora_magnitude_vector[name] = _Magnitude(
-                torch.empty(self.out_features, dtype=wide, device=base.device)
-            )
+            self.lora_magnitude_vector[name] = Magnitude(torch.empty(self.out_features, dtype=wide, device=base.device))
             if init:
                 self.reset_magnitude(name)
 
@@ -166,6 +164,11 @@ class LoraLinear(MethodLayer):
         """(A [R, K], B [N, R], s) of an adapter's update s · B A, with their history for autograd."""
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
+    @torch.no_grad()
+    def set_factors(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Writes A [R, K] and B [N, R] into an adapter that is here."""
+        self.lora_A[name].weight.copy_(a), self.lora_B[name].weight.copy_(b)
+
     def call_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """factors() for an op, whose scaling is a number: one that is a tensor (hotswap) is multiplied into B."""
         a, b, scaling = self.factors(name)
@@ -244,7 +247,8 @@ class LoraLinear(MethodLayer):
     @torch.no_grad()
     def reset_magnitude(self, name: str) -> None:
         """m = ‖W + s B A‖_row: y is then what it is without m."""
-        self.lora_magnitude_vector[name].weight.copy_(self.row_norms(name))
+        magnitude = self.lora_magnitude_vector[name].weight
+        magnitude.copy_(self.row_norms(name).view_as(magnitude))
 
     @torch.no_grad()
     def reinitialise(self, name: str) -> None:
@@ -283,7 +287,7 @@ class LoraLinear(MethodLayer):
         for i, name in enumerate(names):
             if name in self.lora_magnitude_vector:  # g (W + s B A) − W
                 whole = weight + deltas[i]
-                gain = self.lora_magnitude_vector[name].weight.detach() / whole.norm(dim=1).clamp_min(1e-38)
+                gain = self.lora_magnitude_vector[name].weight.detach().flatten() / whole.norm(dim=1).clamp_min(1e-38)
                 deltas[i] = gain[:, None] * whole - weight
         bias = self._bias(names)
         return sum(deltas, start=weight), None if bias is None else self.base.bias.detach() + bias.detach()
@@ -298,7 +302,7 @@ def a_and_b_of_nothing(K: int, N: int, device: torch.device) -> tuple[torch.Tens
     return torch.empty(0, K, device=device), torch.empty(N, 0, device=device), 1.0
 
 
-class _Magnitude(nn.Module):
+class Magnitude(nn.Module):
     """DoRA's m as a module, so that its name in a state dict is PEFT's: lora_magnitude_vector.<adapter>.weight."""
 
     def __init__(self, weight: torch.Tensor) -> None:

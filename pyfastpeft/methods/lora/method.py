@@ -15,7 +15,9 @@ from pyfastpeft.methods.lora.combine import KINDS, check_combination, combine_fa
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
+from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding, check_table
 from pyfastpeft.methods.lora.targets import default_target_modules
+from pyfastpeft.nn.base_tables import BaseConv, BaseEmbedding, as_base_layer
 from pyfastpeft.saved_modules import ModulesToSaveWrapper
 
 
@@ -28,6 +30,14 @@ class LoraMethod(LayerMethod):
     def fill_targets(self, model: nn.Module, config: LoraConfig, strict: bool) -> None:
         if config.target_modules is None:
             config.target_modules = default_target_modules(model)
+
+    def layer_class_for(self, bare: nn.Module) -> type[LoraLinear] | None:
+        view = as_base_layer(bare)
+        kinds = {BaseEmbedding: LoraEmbedding, BaseConv: LoraConv}
+        return None if view is None else kinds.get(type(view), self.layer_class)
+
+    def check_layer(self, path: str, bare: nn.Module, config: LoraConfig) -> None:
+        check_table(path, bare, config)
 
     def check_targets(self, config: LoraConfig, targets: dict[str, nn.Module], strict: bool) -> None:
         for name, keys in config.unused_patterns(list(targets)).items():
@@ -42,7 +52,9 @@ class LoraMethod(LayerMethod):
     def _take_from_base(self, model: nn.Module, config: LoraConfig, adapter_name: str, keep_adapter: bool) -> None:
         """Changes the base as init_lora_weights says. Holds a copy of the weights meanwhile, for the case of an error."""
         layers, undo, errors = self._layers(model, adapter_name), [], {}
-        for path, other in tied_targets(model, dict(layers)):
+        # an embedding beside them begins as plain LoRA, as in PEFT
+        layers = {path: layer for path, layer in layers.items() if not isinstance(layer, LoraEmbedding)}
+        for path, other in tied_targets(model, layers):
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of {path}, which is {other}'s too; leave "
                 f"{path} out of target_modules"
@@ -77,7 +89,7 @@ class LoraMethod(LayerMethod):
             raise ValueError("add_weighted_adapter: DoRA adapters have no sum; merge_adapter() them one by one")
         layers = {p: m for each in adapters for p, m in self._layers(adapted.model, each).items()}
         # in the model's order, with each layer's own adapters
-        held = {path: [each for each in adapters if each in layer.lora_A] for path, layer in layers.items()}
+        held = {path: [each for each in adapters if each in layer.r] for path, layer in layers.items()}
         ranks = {path: [layers[path].r[each] for each in names] for path, names in held.items()}
         if kind in KINDS and any(len(set(each)) > 1 for each in ranks.values()):
             raise ValueError(
@@ -101,12 +113,11 @@ class LoraMethod(LayerMethod):
             target_modules=set(layers), modules_to_save=adapted.peft_config[saved[0]].modules_to_save if saved else None,
             inference_mode=True,
         )  # fmt: skip
-        wide = next(iter(layers.values())).adapter_tensors(held[next(iter(layers))][0])["lora_A.weight"].dtype
+        wide = next(iter(layers.values())).factors(held[next(iter(layers))][0])[0].dtype
         adapted.add_adapter(name, config, fp32=wide in (torch.float32, torch.float64), init=False)
         with torch.no_grad():
             for path, layer in self._layers(adapted.model, name).items():
-                a, b = factors[path]
-                layer.lora_A[name].weight.copy_(a), layer.lora_B[name].weight.copy_(b)
+                layer.set_factors(name, *factors[path])
             for source, target in zip(_saved(adapted, saved[0]) if saved else (), _saved(adapted, name), strict=True):
                 target.copy_(source)
 

@@ -186,7 +186,7 @@ def test_a_name_begins_at_a_dot():
         ({"target_modules": ["q_proj"], "feedforward_modules": ["down_prj"]}, ValueError, "near misses: down_proj"),
         ({"target_modules": r".*q_proj", "feedforward_modules": ["down_proj"]}, ValueError, "match none of the layers"),
         ({"target_modules": r".*q_proj", "feedforward_modules": r".*x"}, ValueError, "match none of the layers"),
-        ({"target_modules": ["embed_tokens"]}, ValueError, "not linear layers"),
+        ({"target_modules": ["embed_tokens"]}, ValueError, "not layers this method can adapt"),
         ({"feedforward_modules": 3}, TypeError, "IA3Config: feedforward_modules is 3"),
         ({"target_modules": [""]}, ValueError, "IA3Config: target_modules holds an empty name"),
         ({"feedforward_modules": "(("}, ValueError, "not a valid regular expression"),

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, m) {
   pyfastpeft::register_adamw(m);
   pyfastpeft::register_ia3(m);
   pyfastpeft::register_lora(m);
+  pyfastpeft::register_momentum(m);
   pyfastpeft::register_nf4(m);
   pyfastpeft::register_nf4_matmul(m);
   pyfastpeft::register_paged_memory(m);

@@ -49,6 +49,7 @@ void register_adamw(py::module_& m);
 void register_common(py::module_& m);
 void register_ia3(py::module_& m);
 void register_lora(py::module_& m);
+void register_momentum(py::module_& m);
 void register_nf4(py::module_& m);
 void register_nf4_matmul(py::module_& m);
 void register_paged_memory(py::module_& m);

@@ -41,6 +41,7 @@ struct VecScalar {
   static VecScalar fma(VecScalar a, VecScalar b, VecScalar c) { return {std::fma(a.v, b.v, c.v)}; }
   static VecScalar sqrt(VecScalar a) { return {std::sqrt(a.v)}; }
   static VecScalar negate(VecScalar a) { return {-a.v}; }
+  static VecScalar sign(VecScalar a) { return {float((a.v > 0) - (a.v < 0))}; }  // 0 of a NaN
   // b where a is finite, else a
   static VecScalar where_finite(VecScalar a, VecScalar b) { return std::isfinite(a.v) ? b : a; }
 };
@@ -78,6 +79,11 @@ struct VecAvx2 {
   static VecAvx2 fma(VecAvx2 a, VecAvx2 b, VecAvx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static VecAvx2 sqrt(VecAvx2 a) { return {_mm256_sqrt_ps(a.v)}; }
   static VecAvx2 negate(VecAvx2 a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+  static VecAvx2 sign(VecAvx2 a) {
+    const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1.0f);
+    return {_mm256_sub_ps(_mm256_and_ps(_mm256_cmp_ps(a.v, zero, _CMP_GT_OQ), one),
+                          _mm256_and_ps(_mm256_cmp_ps(a.v, zero, _CMP_LT_OQ), one))};
+  }
   static VecAvx2 where_finite(VecAvx2 a, VecAvx2 b) {
     const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
     const __m256 finite = _mm256_cmp_ps(magnitude, _mm256_set1_ps(__builtin_inff()), _CMP_LT_OQ);
@@ -123,6 +129,11 @@ struct VecAvx512 {
   static VecAvx512 fma(VecAvx512 a, VecAvx512 b, VecAvx512 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static VecAvx512 sqrt(VecAvx512 a) { return {_mm512_sqrt_ps(a.v)}; }
   static VecAvx512 negate(VecAvx512 a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+  static VecAvx512 sign(VecAvx512 a) {
+    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
+    const __m512 positive = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, zero, _CMP_GT_OQ), one);
+    return {_mm512_mask_mov_ps(positive, _mm512_cmp_ps_mask(a.v, zero, _CMP_LT_OQ), _mm512_set1_ps(-1.0f))};
+  }
   static VecAvx512 where_finite(VecAvx512 a, VecAvx512 b) {
     return {_mm512_mask_blend_ps(_mm512_fpclass_ps_mask(a.v, 0x99), b.v, a.v)};  // infinities and NaNs
   }

@@ -1,4 +1,5 @@
-"""What AdamW keeps of a group from one step to the next, so that ten thousand small tensors are not looked at one by one.
+"""What AdamW (and, by the same means, Lion and SGD) keeps of a group from one step to the next, so that ten thousand small
+tensors are not looked at one by one.
 
 Checking the lists of a call and taking their addresses costs some 6 µs a tensor, many times the update of a small one.
 A plan holds a call's addresses and kinds as ops.adamw made them, with the lists they came from. Before it is used again,
@@ -25,7 +26,7 @@ _STATE_32 = {"exp_avg": 2, "exp_avg_sq": 3, "step": 4}
 _STATE_8 = {"state1": 2, "state2": 3, "step": 4, "absmax1": 5, "absmax2": 6}
 
 
-class _Part:
+class Part:
     """Some hundreds of a call's parameters: what one pass has brought into the processor's cache the next finds there."""
 
     SIZE = 256
@@ -62,8 +63,8 @@ class _Call:
         places = dict(_STATE_32 if qmaps[0] is None else _STATE_8)
         if lists[7]:
             places["master"] = 7
-        cuts = [slice(i, i + _Part.SIZE) for i in range(0, len(states), _Part.SIZE)]
-        self.parts = [_Part([each[cut] for each in lists], states[cut], places) for cut in cuts]
+        cuts = [slice(i, i + Part.SIZE) for i in range(0, len(states), Part.SIZE)]
+        self.parts = [Part([each[cut] for each in lists], states[cut], places) for cut in cuts]
 
     def current(self, state: Mapping) -> tuple | None:
         """The tables with the gradients of now, or None where something else has changed."""
@@ -79,11 +80,14 @@ class _Call:
             grads += addresses
         return (*self.tables[:2], grads, *self.tables[3:])
 
+    def launch(self, tables: tuple, scalars: dict[str, Any]) -> None:
+        op.launch(tables, [self.params], *self.qmaps, **scalars)
+
 
 class Plan:
     """The calls of one group's step."""
 
-    def __init__(self, group: Mapping[str, Any], calls: Sequence[_Call]) -> None:
+    def __init__(self, group: Mapping[str, Any], calls: Sequence[Any]) -> None:
         self.group_params = list(group["params"])
         with_grad = {id(p) for call in calls for p in call.params}
         self.idle = [p for p in self.group_params if id(p) not in with_grad]
@@ -91,7 +95,7 @@ class Plan:
 
     def run(self, group: Mapping[str, Any], state: Mapping, scalars) -> bool:
         """Steps the group, with the options scalars(device) gives; False, and nothing done, where the plan does not fit."""
-        if _somebody_listens() or len(group["params"]) != len(self.group_params):
+        if somebody_listens() or len(group["params"]) != len(self.group_params):
             return False
         if not all(map(is_, group["params"], self.group_params)) or not all(p.grad is None for p in self.idle):
             return False
@@ -102,11 +106,11 @@ class Plan:
         if any(t is None for t in tables):
             return False
         for call, each in zip(self.calls, tables, strict=True):
-            op.launch(each, [call.params], *call.qmaps, **scalars(call.params[0].device))
+            call.launch(each, scalars(call.params[0].device))
         return True
 
 
-def _somebody_listens() -> bool:
+def somebody_listens() -> bool:
     """Whether ops must be seen by the dispatcher: a mode, a tracer or the profiler looks on."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -118,8 +122,11 @@ def _somebody_listens() -> bool:
 
 def make_plan(group: Mapping[str, Any], calls: Sequence[tuple[Sequence[list], list[dict], tuple]]) -> Plan | None:
     """The plan of a step that has just been made; None where a tensor is not a plain, contiguous one."""
-    for lists, _, _ in calls:
-        for tensors in lists:
-            if not set(map(type, tensors)) <= _TYPES or not all(map(op._is_contiguous, tensors)):
-                return None
+    if not all(are_plain(tensors) for lists, _, _ in calls for tensors in lists):
+        return None
     return Plan(group, [_Call(*call) for call in calls])
+
+
+def are_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all of them are contiguous, and no subclass's."""
+    return set(map(type, tensors)) <= _TYPES and all(map(op._is_contiguous, tensors))

@@ -42,6 +42,10 @@ class Lion(Rule):
             raise ValueError(f"Lion: betas is {group['betas']}, expected two numbers in [0, 1)")
 
     @staticmethod
+    def _scalars(group: dict[str, Any]) -> tuple:
+        return 0, float(group["lr"]), group["weight_decay"], *map(float, group["betas"]), False, group["maximize"]
+
+    @staticmethod
     def update(p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], step: int, group: dict) -> None:
         (beta1, beta2), lr, m = group["betas"], float(group["lr"]), state["exp_avg"]
         direction = (m * beta1).add_(g * (1 - beta1)).sign_()

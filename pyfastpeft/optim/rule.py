@@ -1,4 +1,5 @@
-"""Optimizers whose rule is a few lines of torch on flat fp32 tensors; the same lines step pages and whole tensors.
+"""Optimizers with one fp32 tensor of state: `update` in torch is the rule, csrc/momentum the same operations in the same
+order for many tensors or pieces at once, and their bits are the same.
 
 A rule may use only operations whose result for a value does not depend on its neighbours or its place (no fused
 multiply-add behind `alpha=`): then paged and unpaged steps give the same bits.
@@ -6,13 +7,16 @@ multiply-add behind `alpha=`): then paged and unpaged steps give the same bits.
 
 from __future__ import annotations
 
-import ctypes
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from pyfastpeft._native import _C
+from pyfastpeft.ops import adamw as op
+from pyfastpeft.ops._library import DTYPE_CODES
+from pyfastpeft.optim.adamw_plan import Part, Plan, are_plain, somebody_listens
 from pyfastpeft.optim.device_pages import DevicePages
 from pyfastpeft.optim.loading import LoadsStates
 from pyfastpeft.optim.page_space import STEP, Field, PagedState, Piece
@@ -28,10 +32,84 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
+class _NativeCall:
+    """Whole tensors that csrc/momentum steps in one call; what a Plan keeps of them."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.params: list[torch.Tensor] = []
+        self.grads: list[torch.Tensor] = []
+        self.momenta: list[torch.Tensor] = []
+        self.steps: list[torch.Tensor] = []
+        self.states: list[dict] = []
+
+    def takes(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any]) -> bool:
+        """Adds a parameter, unless its kind is not the compiled code's."""
+        momentum, step = state[self.key], state["step"]
+        tensors = (p, grad, momentum, step)
+        if not (
+            all(t.device.type == "cpu" for t in tensors)
+            and p.dtype in DTYPE_CODES
+            and grad.dtype in (p.dtype, torch.float32)
+            and momentum.dtype == step.dtype == torch.float32
+            and momentum.shape == p.shape
+            and all(t.stride() == p.stride() or (t.is_contiguous() and p.is_contiguous()) for t in (grad, momentum))
+        ):
+            return False
+        for each, t in zip((self.params, self.grads, self.momenta, self.steps), tensors, strict=True):
+            each.append(t)
+        self.states.append(state)
+        return True
+
+    def tables(self) -> tuple | None:
+        """The binding's first arguments; None where two parameters are the same memory."""
+        params = op._addresses(self.params)
+        if len(set(params)) < len(params) and len({*params} - {0}) < sum(map(bool, params)):  # 0: without values
+            return None
+        pairs = zip(self.params, self.grads, strict=True)
+        kinds = bytes(DTYPE_CODES[p.dtype] | DTYPE_CODES[grad.dtype] << 2 for p, grad in pairs)
+        lists = (params, *map(op._addresses, (self.grads, self.momenta, self.steps)))
+        return *lists, array("q", map(op._numel, self.params)), kinds
+
+    def keep(self, tables: tuple) -> None:
+        self.kept, lists = tables, (self.params, self.grads, self.momenta, self.steps)
+        cuts = [slice(i, i + Part.SIZE) for i in range(0, len(self.states), Part.SIZE)]
+        places = {self.key: 2, "step": 3}
+        self.parts = [Part([each[cut] for each in lists], self.states[cut], places) for cut in cuts]
+        self.grads, self.momenta, self.steps = [], [], []  # the states and parameters have them
+
+    def current(self, state: Mapping) -> tuple | None:
+        """The tables with the gradients of now, or None where something else has changed."""
+        grads = array("Q")
+        for part in self.parts:
+            addresses = part.grads(state)
+            if addresses is None:
+                return None
+            grads += addresses
+        return self.kept[0], grads, *self.kept[2:]
+
+    def launch(self, tables: tuple, scalars: tuple) -> None:
+        _C.momentum_cpu(*tables, *scalars)
+        torch.autograd.graph.increment_version(self.params)
+
+
 class Rule(LoadsStates, torch.optim.Optimizer):
-    """A subclass has `state_keys` (fp32 tensors like the parameter), `_check_options` and `update`."""
+    """A subclass has `state_keys` (one fp32 tensor like the parameter), `_check_options`, `update` and `_scalars`."""
 
     state_keys: tuple[str, ...] = ()
+
+    @staticmethod
+    def _scalars(group: dict[str, Any]) -> tuple:
+        """The options as csrc/momentum takes them: rule, lr, weight_decay, its two numbers, nesterov, maximize."""
+        raise NotImplementedError
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._plans: dict[int, Plan] = {}  # by the group's number
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
 
     @staticmethod
     def update(p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], step: int, group: dict) -> None:
@@ -57,22 +135,47 @@ class Rule(LoadsStates, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state.update({key: torch.zeros_like(p, dtype=torch.float32) for key in self.state_keys})
-                grad = _like_parameter(p, p.grad)
-                state["step"] += 1
-                parts = {key: _flat(state[key]) for key in self.state_keys}
-                for first in range(0, p.numel(), _CHUNK):
-                    cut = slice(first, first + _CHUNK)
-                    own = {key: value[cut] for key, value in parts.items()}
-                    self._update(_flat(p)[cut], _flat(grad)[cut], own, int(state["step"]), group)
+        for number, group in enumerate(self.param_groups):
+            plan = self._plans.pop(number, None)
+            if plan is None or not plan.run(group, self.state, lambda _, group=group: self._scalars(group)):
+                plan = self._step_and_plan(group)
+            if plan is not None:
+                self._plans[number] = plan
         return loss
+
+    def _step_and_plan(self, group: dict[str, Any]) -> Plan | None:
+        """The step from the group's parameters as they are; the plan for the next, where compiled code takes all of them."""
+        call, others, listened = _NativeCall(self.state_keys[0]), [], somebody_listens()
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros(())
+                state.update({key: torch.zeros_like(p, dtype=torch.float32) for key in self.state_keys})
+            grad = _like_parameter(p, p.grad)
+            if listened or not call.takes(p, grad, state):
+                others.append((p, grad, state))
+        tables = call.tables() if call.params else None
+        if tables is not None:
+            call.launch(tables, self._scalars(group))
+        else:
+            others += zip(call.params, call.grads, call.states, strict=True)
+        for p, grad, state in others:
+            self._step_one(p, grad, state, group)
+        if others or not all(map(are_plain, (call.params, call.grads, call.momenta, call.steps))):
+            return None
+        if tables is not None:
+            call.keep(tables)
+        return Plan(group, [call] if tables is not None else [])
+
+    def _step_one(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state["step"] += 1
+        parts = {key: _flat(state[key]) for key in self.state_keys}
+        for first in range(0, p.numel(), _CHUNK):
+            cut = slice(first, first + _CHUNK)
+            own = {key: value[cut] for key, value in parts.items()}
+            self._update(_flat(p)[cut], _flat(grad)[cut], own, int(state["step"]), group)
 
     def _update(self, p: torch.Tensor, g: torch.Tensor, state: dict, step: int, group: dict[str, Any]) -> None:
         g = -g.float() if group["maximize"] else g.float().clone()
@@ -110,8 +213,14 @@ def _like_parameter(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 class _RuleCall(Call):
+    def close(self) -> None:
+        super().close()
+        pairs = zip(self.param_dtypes, self.grad_dtypes, strict=True)
+        self.kinds = [DTYPE_CODES[p] | DTYPE_CODES[g] << 2 for p, g in pairs]
+
     def row(self, tensor: int, state: PagedState, piece: Piece) -> tuple[int, ...]:
-        return (tensor, piece.first, piece.n, *piece.offsets)
+        """momentum_bind.cpp: struct Row."""
+        return (tensor, self.kinds[tensor], piece.first, piece.n, *piece.offsets)
 
 
 class PagedRule(PagedOptimizer):
@@ -125,6 +234,8 @@ class PagedRule(PagedOptimizer):
         return super()._memory_for(device)
 
     def _fields(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[tuple[Field, ...], dict[str, Any]]:
+        if p.dtype not in DTYPE_CODES:
+            raise TypeError(f"{type(self).__name__}: a parameter is {p.dtype}, expected float32, bfloat16 or float16")
         return (STEP, *(Field(key, torch.float32) for key in self.state_keys)), {}
 
     def _first_values(self, p: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -136,21 +247,15 @@ class PagedRule(PagedOptimizer):
     def _call(self, number: int, index: int, state: PagedState) -> _RuleCall:
         return _RuleCall(number, index, state)
 
-    def _options(self, call: Call) -> dict[str, Any]:
-        return dict(self.param_groups[call.group_number])
+    def _options(self, call: Call) -> tuple:
+        return self._scalars(self.param_groups[call.group_number])
 
     def _launch(
-        self, call: Call, tables: list[array], pages: list[int], page_bytes: int, threads: int, options: dict[str, Any]
+        self, call: Call, tables: list[array], pages: list[int], page_bytes: int, threads: int, options: tuple
     ) -> None:
-        width = 4 + len(self.state_keys)
-        for table, base in zip(tables, pages, strict=True):
-            page = torch.frombuffer((ctypes.c_char * page_bytes).from_address(base), dtype=torch.float32)
-            for at in range(0, len(table), width):
-                tensor, first, n, counter, *offsets = table[at : at + width]
-                page[counter // 4] += 1
-                own = {k: page[o // 4 : o // 4 + n] for k, o in zip(self.state_keys, offsets, strict=True)}
-                p, g = _flat(call.params[tensor])[first : first + n], _flat(call.grads[tensor])[first : first + n]
-                self._update(p, g, own, int(page[counter // 4]), options)
+        _C.momentum_pages_cpu(
+            tables, pages, page_bytes, threads, call.param_addresses, call.grad_addresses, call.numels, *options
+        )
 
 
 def check_numbers(title: str, group: dict[str, Any], *names: str) -> None:

@@ -55,6 +55,13 @@ class SGD(Rule):
             raise ValueError(f"SGD: nesterov with dampening {group['dampening']}, expected 0")
 
     @staticmethod
+    def _scalars(group: dict[str, Any]) -> tuple:
+        return (
+            1, float(group["lr"]), group["weight_decay"], group["momentum"], group["dampening"], group["nesterov"],
+            group["maximize"],
+        )  # fmt: skip
+
+    @staticmethod
     def update(p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], step: int, group: dict) -> None:
         lr, momentum, b = float(group["lr"]), group["momentum"], state["momentum_buffer"]
         if group["weight_decay"]:

@@ -228,13 +228,15 @@ def test_copies_pickles_and_state_dicts(method, base):
 
 
 @METHOD
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "is_exporting"), reason="transformers 5 compiles its masks with torch 2.7 or newer"
 )
-def test_compiles(method):
+def test_compiles(method, kind, monkeypatch):
+    monkeypatch.setattr("tests.methods.models.LAYERS", 2 if kind == "llama" else 1)
     torch._dynamo.reset()
-    model = scatter(adapted(method, "llama")).train()
-    inputs = batch("llama")
+    model = scatter(adapted(method, kind)).train()
+    inputs = batch(kind)
     expected = model(**inputs)
     expected.loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,16 @@ class LayerMethod(Method):
         """Sets config.target_modules (and what goes with it) where the config leaves it to the architecture."""
         raise NotImplementedError
 
+    def has_targets(self, config: PeftConfig) -> bool:
+        """Whether target_modules is to name any layer."""
+        return True
+
+    def find_more(self, model: nn.Module, config: PeftConfig, targets: dict[str, nn.Module], strict: bool) -> Any:
+        """What add_more() adapts beside the targets; every check before anything is changed."""
+
+    def add_more(self, model: nn.Module, more: Any, config: PeftConfig, adapter_name: str, *, fp32: bool, init: bool):
+        """Adapts what find_more() found."""
+
     def check_targets(self, config: PeftConfig, targets: dict[str, nn.Module], strict: bool) -> None:
         """Further checks and notes, before anything is changed; config may be filled in."""
 
@@ -41,10 +52,13 @@ class LayerMethod(Method):
     ) -> PeftConfig:
         config = config.copy()
         self.fill_targets(model, config, strict)
-        targets = find_targets(model, config, strict, lambda bare: self.layer_class_for(bare) is not None)
+        targets = {}
+        if self.has_targets(config):
+            targets = find_targets(model, config, strict, lambda bare: self.layer_class_for(bare) is not None)
         self._check_same_method(targets)
         saved = check_saved_modules(model, config, adapter_name, strict=strict)
         tokens = find_token_modules(model, config, targets, saved)
+        more = self.find_more(model, config, targets, strict)
         config.target_modules = resolved_target_modules(model, config, targets)
         self.check_targets(config, targets, strict)
         _note_storage(config, targets)
@@ -60,6 +74,7 @@ class LayerMethod(Method):
         for module, layer in layers:
             if layer is not module:
                 replace_module(model, module, layer)
+        self.add_more(model, more, config, adapter_name, fp32=fp32, init=init)
         add_saved_modules(model, saved, adapter_name)
         add_trainable_tokens(model, tokens, adapter_name, fp32=fp32)
         return config

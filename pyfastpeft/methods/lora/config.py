@@ -47,6 +47,8 @@ class LoraConfig(PeftConfig):
     layers_to_transform   indices of the layers to adapt, for a list of target_modules
     layers_pattern     the name before the index ("layers", "h"); None: any
     rank_pattern, alpha_pattern   {name or regular expression: r or lora_alpha} for some of the layers
+    target_parameters  Parameters of 2 or 3 dimensions (stacked experts), by their path or its end
+                       ("mlp.experts.down_proj"); without dropout, DoRA and lora_bias (methods/lora/parameters.py)
     trainable_token_indices   tokens whose rows of the input embedding train too, or {module: tokens}; a head that shares
                        the embedding's weight follows (trainable_tokens.py)
 
@@ -100,6 +102,7 @@ class LoraConfig(PeftConfig):
         self._check_numbers()
         self._check_layers()
         check_token_indices(self)
+        self._check_parameters()
         names_to_set(self, "target_modules", "exclude_modules")
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,6 +218,17 @@ class LoraConfig(PeftConfig):
         for pattern in self.pattern_list():
             check_pattern(self, "layers_pattern", pattern)
 
+    def _check_parameters(self) -> None:
+        check_strings(self, "target_parameters", self.target_parameters)
+        wrong = [name for name in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora") if getattr(self, name)]
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
+            wrong.append("init_lora_weights")
+        if self.target_parameters and wrong:
+            raise ValueError(
+                f"{type(self).__name__}: target_parameters goes without {wrong[0]}={getattr(self, wrong[0])!r}: its input is "
+                "not a layer's, and its product not a layer's output"
+            )
+
     def pattern_list(self) -> list[str]:
         """layers_pattern as a list; empty for any."""
         pattern = self.layers_pattern
@@ -224,7 +238,7 @@ class LoraConfig(PeftConfig):
 _UNSUPPORTED = frozenset(
     """megatron_config megatron_core eva_config corda_config lora_ga_config
     velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
-    target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
+    use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
 )
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 
 from pyfastpeft.inject import tied_targets
-from pyfastpeft.methods.base import KEY_PREFIX, PeftType, bare_modules
+from pyfastpeft.methods.base import KEY_PREFIX, PeftType, bare_modules, named_by
 from pyfastpeft.methods.layer_method import LayerMethod
 from pyfastpeft.methods.lora.combine import KINDS, check_combination, combine_factors
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
+from pyfastpeft.methods.lora.parameters import add_parameters, find_parameters
 from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding, check_table
 from pyfastpeft.methods.lora.targets import default_target_modules
 from pyfastpeft.nn.base_tables import BaseConv, BaseEmbedding, as_base_layer
@@ -29,7 +32,21 @@ class LoraMethod(LayerMethod):
 
     def fill_targets(self, model: nn.Module, config: LoraConfig, strict: bool) -> None:
         if config.target_modules is None:
-            config.target_modules = default_target_modules(model)
+            try:
+                config.target_modules = default_target_modules(model)
+            except ValueError:
+                if not config.target_parameters:
+                    raise
+                config.target_modules = set()
+
+    def has_targets(self, config: LoraConfig) -> bool:
+        return bool(config.target_modules) or not config.target_parameters
+
+    def find_more(self, model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module], strict: bool) -> Any:
+        return find_parameters(model, config, targets, strict)
+
+    def add_more(self, model: nn.Module, more: Any, config: LoraConfig, adapter_name: str, *, fp32: bool, init: bool):
+        add_parameters(model, more, config, adapter_name, fp32=fp32, init=init)
 
     def layer_class_for(self, bare: nn.Module) -> type[LoraLinear] | None:
         view = as_base_layer(bare)
@@ -40,6 +57,8 @@ class LoraMethod(LayerMethod):
         check_table(path, bare, config)
 
     def check_targets(self, config: LoraConfig, targets: dict[str, nn.Module], strict: bool) -> None:
+        if config.target_parameters:
+            return  # the patterns are for their paths too
         for name, keys in config.unused_patterns(list(targets)).items():
             warnings.warn(f"LoraConfig: {name} has {keys}, which match none of the adapted layers", stacklevel=3)
 
@@ -83,8 +102,9 @@ class LoraMethod(LayerMethod):
         kind = check_combination(len(adapters), weights, kind, density, sign)
         if any(config.lora_bias for config in configs):
             raise ValueError("add_weighted_adapter: adapters with lora_bias cannot be combined")
-        if any(config.trainable_token_indices for config in configs):
-            raise ValueError("add_weighted_adapter: adapters with trainable_token_indices cannot be combined")
+        for field in ("trainable_token_indices", "target_parameters"):
+            if any(getattr(config, field) for config in configs):
+                raise ValueError(f"add_weighted_adapter: adapters with {field} cannot be combined")
         if any(config.use_dora for config in configs):
             raise ValueError("add_weighted_adapter: DoRA adapters have no sum; merge_adapter() them one by one")
         layers = {p: m for each in adapters for p, m in self._layers(adapted.model, each).items()}
@@ -126,6 +146,8 @@ class LoraMethod(LayerMethod):
         kept = dict(tensors)
         for key, tensor in tensors.items():
             path, _, part = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
+            if config.target_parameters and not _is_target(path, config):
+                continue  # a Parameter's A and B hold the ranks of all its experts
             if part == "A.weight" and tensor.dim() == 2:
                 kept[key] = tensor[: config.rank_for(path)]
             elif part == "B.weight" and tensor.dim() == 2:
@@ -178,6 +200,11 @@ def _saved(adapted, name: str) -> list[torch.Tensor]:
     """The tensors of an adapter's modules_to_save, in the model's order."""
     holders = (holder for _, holder in adapted.holders() if isinstance(holder, ModulesToSaveWrapper))
     return [tensor for holder in holders for tensor in holder.adapter_tensors(name).values()]
+
+
+def _is_target(path: str, config: LoraConfig) -> bool:
+    wanted = config.target_modules
+    return re.fullmatch(wanted, path) is not None if isinstance(wanted, str) else named_by(path, wanted)
 
 
 def _weight_state(module: nn.Module) -> dict[str, torch.Tensor]:

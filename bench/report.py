@@ -168,6 +168,9 @@ def plot(document: dict, folder: Path) -> list[Path]:
         for name in points[0]:
             if name != "share":
                 axes.plot([100 * p["share"] for p in points], [p[name] for p in points], "o-", label=name)
+        if {"disk alone", "AdamW in memory"} <= points[0].keys():
+            bound = [max(p["disk alone"], p["AdamW in memory"]) for p in points]
+            axes.plot([100 * p["share"] for p in points], bound, "k--", label="bound: the slower of disk and AdamW")
         axes.set_xlabel("share of the optimizer's state that is in memory, %")
         axes.set_ylabel("seconds per step")
         axes.set_ylim(bottom=0)

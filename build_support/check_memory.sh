@@ -1,5 +1,5 @@
 #!/bin/sh
-# check_memory.sh address|thread|valgrind FOLDER: builds the CPU kernels and tests/native/cpu_kernels.cpp in FOLDER and
+# check_memory.sh address|thread|valgrind FOLDER: builds the CPU kernels and the programs of tests/native in FOLDER and
 # runs them under AddressSanitizer and UndefinedBehaviorSanitizer, ThreadSanitizer, or valgrind's memcheck. valgrind knows
 # no AVX-512 and shows the kernels a machine that has none: AVX2 is the most it runs.
 set -e
@@ -19,11 +19,13 @@ esac
 root="$(cd "$(dirname "$0")/.." && pwd)"
 cmake -S "$root" -B "$2" -G Ninja -DPYFASTPEFT_KERNELS_ONLY=ON -DCMAKE_CXX_FLAGS="$flags" >/dev/null
 cmake --build "$2" >/dev/null
-# the library's functions have hidden visibility, which a program linked to it statically may call
-${CXX:-g++} -std=c++17 -O1 -Wall -Wextra -ffp-contract=off $flags -I"$root/csrc" "$root/tests/native/cpu_kernels.cpp" \
-  "$2/libpyfastpeft_kernels.a" -pthread -o "$2/cpu_kernels"
-if [ "$1" = valgrind ]; then
-  valgrind --quiet --error-exitcode=1 --leak-check=full "$2/cpu_kernels"
-else
-  "$2/cpu_kernels"
-fi
+for program in cpu_kernels optimizer_state; do
+  # the library's functions have hidden visibility, which a program linked to it statically may call
+  ${CXX:-g++} -std=c++17 -O1 -Wall -Wextra -ffp-contract=off $flags -I"$root/csrc" "$root/tests/native/$program.cpp" \
+    "$2/libpyfastpeft_kernels.a" -pthread -o "$2/$program"
+  if [ "$1" = valgrind ]; then
+    valgrind --quiet --error-exitcode=1 --leak-check=full "$2/$program" "$2"
+  else
+    "$2/$program" "$2"
+  fi
+done

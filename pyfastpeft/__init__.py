@@ -16,6 +16,8 @@ from pyfastpeft.methods import (
     PromptTuningInit,
     TaskType,
 )
+from pyfastpeft.methods.lora.config import EvaConfig
+from pyfastpeft.methods.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from pyfastpeft.methods.lora.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from pyfastpeft.nn.load_quantized import load_quantized_state_dict
 from pyfastpeft.peft_model import (
@@ -36,6 +38,7 @@ from pyfastpeft.status import get_layer_status, get_model_status
 __all__ = [
     "AdaLoraConfig",
     "BitFitConfig",
+    "EvaConfig",
     "IA3Config",
     "LoraConfig",
     "PeftConfig",
@@ -56,10 +59,12 @@ __all__ = [
     "TaskType",
     "build_info",
     "dequantize_model",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "integrations",
     "load_quantized_state_dict",
     "nn",

@@ -24,6 +24,34 @@ BIAS_MODES = ("none", "all", "lora_only")
 
 
 @dataclasses.dataclass
+class EvaConfig:
+    """Configuration of EVA (methods/lora/eva.py), with PEFT's fields.
+
+    rho                     a layer gets at most rho · r ranks (1: all keep r)
+    tau                     the cosine at which a direction counts as settled from one batch to the next
+    use_label_mask          leave out the positions whose label is label_mask_value
+    label_mask_value        the value that means "no label"
+    whiten                  rows of A over the square root of their singular values
+    adjust_scaling_factors  change lora_alpha with the rank, so that alpha / r stays
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        check_finite(self, rho=self.rho, tau=self.tau)
+        if self.rho < 1.0:
+            raise ValueError(f"EvaConfig: rho is {self.rho}, expected at least 1")
+        if not 0.0 <= self.tau <= 1.0:
+            raise ValueError(f"EvaConfig: tau is {self.tau}, expected 0 to 1")
+        check_flags(self, "use_label_mask", "whiten", "adjust_scaling_factors")
+
+
+@dataclasses.dataclass
 class LoraConfig(PeftConfig):
     """Configuration of LoRA: y = base(x) + s · B A dropout(x), with s = lora_alpha / r.
 
@@ -74,7 +102,7 @@ class LoraConfig(PeftConfig):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: dict = dataclasses.field(default_factory=dict)
-    eva_config: Any = None
+    eva_config: EvaConfig | dict | None = None
     corda_config: Any = None
     lora_ga_config: Any = None
     use_dora: bool = False
@@ -145,7 +173,7 @@ class LoraConfig(PeftConfig):
         if not check_init(init):
             raise NotImplementedError(
                 f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False, 'gaussian', "
-                "'orthogonal', 'pissa', 'pissa_niter_N', 'olora' and 'loftq'"
+                "'orthogonal', 'pissa', 'pissa_niter_N', 'olora', 'loftq' and 'eva'"
             )
         check_flags(self, "use_dora", "lora_bias")
         if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
@@ -154,6 +182,23 @@ class LoraConfig(PeftConfig):
                 f"these are {init!r} and {self.use_dora}"
             )
         self._check_loftq()
+        self._check_eva()
+
+    def _check_eva(self) -> None:
+        owner = type(self).__name__
+        if self.init_lora_weights != "eva":
+            if self.eva_config is not None:
+                raise ValueError(f"{owner}: eva_config goes with init_lora_weights='eva', which is not set")
+            return
+        if self.eva_config is None or isinstance(self.eva_config, dict):
+            try:
+                self.eva_config = EvaConfig(**(self.eva_config or {}))
+            except TypeError as error:
+                raise TypeError(f"{owner}: eva_config is {self.eva_config!r}: {error}") from None
+        elif not isinstance(self.eva_config, EvaConfig):
+            raise TypeError(
+                f"{owner}: eva_config is {self.eva_config!r}, expected an EvaConfig or a dict of its fields"
+            )
 
     def _check_loftq(self) -> None:
         config, owner = self.loftq_config, type(self).__name__
@@ -236,7 +281,7 @@ class LoraConfig(PeftConfig):
 
 
 _UNSUPPORTED = frozenset(
-    """megatron_config megatron_core eva_config corda_config lora_ga_config
+    """megatron_config megatron_core corda_config lora_ga_config
     velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
     use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
 )

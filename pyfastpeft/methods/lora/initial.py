@@ -24,7 +24,7 @@ def takes_from_base(init: bool | str) -> bool:
 
 def check_init(init: bool | str) -> bool:
     """Whether it is an init_lora_weights that is known."""
-    plain = isinstance(init, bool) or (isinstance(init, str) and init.lower() in ("gaussian", "orthogonal"))
+    plain = isinstance(init, bool) or (isinstance(init, str) and init.lower() in ("gaussian", "orthogonal", "eva"))
     return plain or (isinstance(init, str) and bool(re.fullmatch(r"pissa|pissa_niter_\d+|olora|loftq", init)))
 
 
@@ -41,6 +41,7 @@ def draw_weights(
         return a, b
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    init = True if init == "eva" else init  # until the data says what A is
     if init == "orthogonal":
         return _orthogonal(in_features, out_features, rank)
     if isinstance(init, str):

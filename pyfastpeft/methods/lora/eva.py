@@ -232,13 +232,10 @@ class _Collector:
         """The budget's largest shares of variance, counted by layer."""
         shares = [(path, found[leader[path]].ratio[: most[path]]) for path in self._order(leader)]
         owners = [path for path, ratio in shares for _ in range(len(ratio))]
-        chosen = torch.cat([ratio for _, ratio in shares]).argsort(descending=True)[:budget]
+        # of equal shares, those of layers with one input, the first path's count first: its convergence is what is watched
+        chosen = torch.cat([ratio for _, ratio in shares]).argsort(descending=True, stable=True)[:budget]
         counts = Counter(owners[i] for i in chosen.tolist())
-        ranks = {path: counts.get(path, 0) for path in self.layers}
-        for path, other in leader.items():  # the one whose convergence is watched has the most of those with its input
-            if ranks[other] < ranks[path]:
-                ranks[other], ranks[path] = ranks[path], ranks[other]
-        return ranks
+        return {path: counts.get(path, 0) for path in self.layers}
 
     @staticmethod
     def _order(leader: dict[str, str]) -> list[str]:

@@ -175,6 +175,21 @@ def test_dora_and_rows_for_some_layers():
     assert layer.scaling["default"] == 2 and model.peft_config["default"].alpha_pattern == {path: 6.0}
 
 
+def test_an_embedding_keeps_its_own(tmp_path):
+    model = _model(target_modules=[*TARGETS, "embed_tokens"])
+    state, _ = pf.get_eva_state_dict(model, _data(), show_progress_bar=False), model.eval()
+    with pytest.warns(UserWarning, match=r"\['model.embed_tokens'\] are not in eva_state_dict"):
+        pf.initialize_lora_eva_weights(model, eva_state_dict=state)
+    assert "model.embed_tokens" in model.peft_config["default"].target_modules
+    model.save_pretrained(tmp_path)
+    inputs = {"input_ids": _data()[0]["input_ids"]}
+    with torch.no_grad():
+        loaded = pf.PeftModel.from_pretrained(build("llama"), tmp_path)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match="has a LoraEmbedding at model.embed_tokens, and only linear layers can be"):
+        pf.hotswap_adapter(model, tmp_path, "default")
+
+
 def test_bad_input():
     model, data = _model(), _data()
     state = copy.deepcopy(model.state_dict())

@@ -332,9 +332,12 @@ def initialize_lora_eva_weights(
     for path in set(layers) - kept:
         layers[path].remove_adapter(adapter_name)
     remove_hollow_holders(adapted.model)
+    # embeddings and convolutions keep what they were drawn with, as in PEFT
+    others = [path for path, m in adapted.layers() if isinstance(m, LoraLinear) and adapter_name in m.held_adapters()]
+    kept |= set(others)
     config.target_modules, config.rank_pattern, config.alpha_pattern = kept, ranks, alphas
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    missing = sorted(set(layers) - set(rows))
+    missing = sorted(kept - set(rows))
     if missing:
         warnings.warn(f"EVA: {missing} are not in eva_state_dict and keep their random A", stacklevel=2)
 

@@ -115,6 +115,12 @@ def hotswap_adapter(
     source = os.fspath(model_name_or_path)
     _check_configs(source, former, config)
     layers = {path: layer for path, layer in _lora_layers(adapted).items() if adapter_name in layer.lora_A}
+    for path, layer in adapted.layers():
+        if adapter_name in layer.held_adapters() and path not in layers:
+            raise ValueError(
+                f"hotswap_adapter: adapter {adapter_name!r} has a {type(layer).__name__} at {path}, and only linear layers "
+                "can be swapped; load the other adapter with load_adapter()"
+            )
     for path, layer in layers.items():
         if layer.merged_adapters:
             raise ValueError(

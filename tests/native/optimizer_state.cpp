@@ -1,4 +1,4 @@
-// Paged memory under threads and a failing disk, and the steps of Lion and SGD: a program for valgrind and the sanitizers
+// Paged memory's policy, its threads under a failing disk, and the steps of Lion and SGD: a program for valgrind and the sanitizers
 // (build_support/check_memory.sh). Its argument is a folder for the spill file.
 #include <cerrno>
 #include <cstdio>
@@ -11,6 +11,7 @@
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "momentum/momentum.h"
+#include "paged_memory/page_order.h"
 #include "paged_memory/paged_memory.h"
 
 namespace pyfastpeft {
@@ -73,6 +74,35 @@ void paged_memory(const char* folder, bool faulty) {
   clear_spill_faults();
 }
 
+// On a known cycle of 40 pages in room for 20, the best there is: 20 misses a cycle; least recently used would miss 40 times.
+void page_order() {
+  constexpr std::int64_t kPages = 40, kRoom = 20, kCycles = 10;
+  PageOrder order;
+  order.resize(kPages);
+  std::vector<std::int64_t> cycle;
+  for (std::int64_t page = 0; page < kPages; ++page) cycle.push_back(page);
+  order.set(cycle);
+  std::vector<bool> here(kPages);
+  std::int64_t resident = 0, misses = 0;
+  for (std::int64_t use = 0; use < (kCycles + 2) * kPages; ++use) {
+    const std::int64_t page = use % kPages;
+    if (!here[std::size_t(page)]) {
+      misses += use >= 2 * kPages;
+      if (resident == kRoom) {
+        const std::int64_t victim = order.victim();
+        order.withdraw(victim);
+        here[std::size_t(victim)] = false;
+        --resident;
+      }
+      here[std::size_t(page)] = true;
+      ++resident;
+    }
+    order.use(page);
+    order.offer(page);
+  }
+  expect(misses == kCycles * (kPages - kRoom), "a known cycle misses what does not fit, and no more");
+}
+
 // n values that end where their allocation ends.
 struct Values {
   explicit Values(std::int64_t n, std::int64_t size) : bytes(new char[std::size_t(n * size)]) {
@@ -108,6 +138,7 @@ void momentum(CpuIsa isa) {
 
 int main(int count, char** arguments) {
   using namespace pyfastpeft;
+  page_order();
   for (const bool faulty : {false, true}) paged_memory(count > 1 ? arguments[1] : "/var/tmp", faulty);
   for (const CpuIsa isa : {CpuIsa::scalar, CpuIsa::avx2, CpuIsa::avx512})
     if (isa <= detected_cpu_isa()) momentum(isa);

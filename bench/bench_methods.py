@@ -26,7 +26,7 @@ from .models import BATCH, TOKENS, collect, llama, training_step
 LAYERS = 2
 STEPS = 100  # what AdaLoRA plans for
 ROUNDS = 9
-LEFT_OUT = ("ReLoRA",)  # a step of it is one of LoRA's
+LEFT_OUT = ("ReLoRA", "LoRA, its best rate", "AdaLoRA, its best rate")  # whose steps are those of LoRA and AdaLoRA
 
 
 def run(suite) -> None:

@@ -49,6 +49,8 @@ class Method:
 
 
 LORA = {"r": 8, **LOW_RANK}
+ADALORA = {"init_r": 12, "target_r": 8, **LOW_RANK}
+LORA_BEST_RATE, ADALORA_BEST_RATE = 4e-3, 3e-2
 METHODS = (
     Method("LoRA", "LoraConfig", LORA, 1e-3, "PEFT's peft_lora_seq2seq example"),
     Method("QLoRA", "LoraConfig", LORA, 1e-3, "that of LoRA, to compare", True, "peft + bitsandbytes"),
@@ -57,9 +59,19 @@ METHODS = (
     Method(
         "AdaLoRA",
         "AdaLoraConfig",
-        {"init_r": 12, "target_r": 8, **LOW_RANK},
+        ADALORA,
         1e-3,
         "PEFT's peft_adalora_seq2seq example",
+    ),
+    # a budget spent in two ways, each at the best rate for this model of those tried with one seed
+    Method("LoRA, its best rate", "LoraConfig", LORA, LORA_BEST_RATE, "the best of 1e-3, 4e-3, 8e-3", peer=None),
+    Method(
+        "AdaLoRA, its best rate",
+        "AdaLoraConfig",
+        ADALORA,
+        ADALORA_BEST_RATE,
+        "the best of 1e-3, 1e-2, 3e-2, 6e-2",
+        peer=None,
     ),
     Method(
         "(IA)³",

@@ -39,7 +39,13 @@ BYTE_OFFSET = 3  # token of byte b: b + 3, as ByT5 numbers them
 EVAL_BATCH = 16
 SETTINGS = {"steps": 120, "batch": 4, "length": 128, "heldout_bytes": 16384, "dtype": "bfloat16"}
 # ours of one method beside ours of another: a rank's worth of parameters spent in two ways, or 4 bits beside 16
-ACROSS = (("QLoRA", "LoRA"), ("AdaLoRA", "LoRA"), ("DoRA", "LoRA"), ("ReLoRA", "LoRA"))
+ACROSS = (
+    ("QLoRA", "LoRA"),
+    ("AdaLoRA", "LoRA"),
+    ("AdaLoRA, its best rate", "LoRA, its best rate"),
+    ("DoRA", "LoRA"),
+    ("ReLoRA", "LoRA"),
+)
 
 
 class Texts:
@@ -257,12 +263,12 @@ def run(methods: list[Method], seeds: int, settings: dict, file: Path) -> dict:
         document = {
             "environment": environment(),
             "settings": settings,
-            "methods": {
-                m.name: {"config": m.config, "options": m.options, "rate": m.rate, "rate_from": m.of} for m in METHODS
-            },
             "base_loss": heldout_loss(base_model(settings["dtype"]), texts.heldout),
             "runs": [],
         }
+    document["methods"] = {
+        m.name: {"config": m.config, "options": m.options, "rate": m.rate, "rate_from": m.of} for m in METHODS
+    }
     done = {(r["method"], r["implementation"], r["seed"]) for r in document["runs"]}
     absent = {name for method in methods for name in method.needs if version(name) is None}
     for name in sorted(absent):

@@ -1,6 +1,6 @@
 """Does each method learn as well as its peer? Real training: the demo's model, from English to Python source.
 
-    python bench/quality.py --json bench/results/quality.json --plot bench/results/quality.png
+    python bench/quality.py --json bench/results/quality.json --plot bench/results/quality.png --table bench/results/quality.md
     python bench/quality.py --json bench/results/quality.json --report        the table of a finished run again
 
 Every method of methods.py is trained for the same number of steps on the same batches with every seed, ours and the
@@ -293,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="results; a run that was cut goes on from here")
     parser.add_argument("--plot", type=Path, help="PNG")
+    parser.add_argument("--table", type=Path, help="the tables as Markdown")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--heldout-bytes", type=int, default=SETTINGS["heldout_bytes"])
@@ -320,6 +321,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(str(error))
     document["comparisons"] = comparisons(document)
     print("\n" + table(document))
+    if options.table is not None:
+        options.table.write_text(table(document) + "\n", encoding="utf-8")
+        print(f"\nwritten: {options.table}")
     if options.plot is not None:
         plot(document, options.plot)
         print(f"\nwritten: {options.plot}")

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from pyfastpeft import mixed_batch
-from pyfastpeft.inject import remove_hollow_holders, tied_targets
+from pyfastpeft.inject import remove_hollow_holders, sharing_weights, tied_targets
 from pyfastpeft.methods.base import AdapterHolder, MethodLayer, PeftConfig, adapter_holders
 from pyfastpeft.methods.registry import method_for
 from pyfastpeft.quantize_model import dequantize_model
+from pyfastpeft.replicate_layers import keep_layers, restore_layers
 
 
 class AdaptedModel(nn.Module):
@@ -192,6 +193,8 @@ class AdaptedModel(nn.Module):
         active = [other for other in self.active_adapters if other != name]
         if self.active_adapters != active:
             self.set_adapter(active or list(self.peft_config)[:1])
+        if not self.peft_config:
+            restore_layers(self.model)
 
     def enable_adapter_layers(self) -> None:
         for _, holder in self.holders():
@@ -277,12 +280,22 @@ class AdaptedModel(nn.Module):
 
     def untie(self, layers: list[tuple[str, MethodLayer]]) -> None:
         """Gives layers whose weight is another module's too a weight of their own, before it is written."""
-        for path, other in tied_targets(self.model, {path: layer for path, layer in layers if layer.merges_weight}):
-            base = self.model.get_submodule(path).base_layer
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        written = {path: layer for path, layer in layers if layer.merges_weight}
+        for path, other in tied_targets(self.model, written):
+            _own_weight(written[path].base_layer)
             warnings.warn(f"{path} has now a weight of its own, apart from {other}'s", stacklevel=5)
             if getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
                 self.model.config.tie_word_embeddings = False
+        shared = sharing_weights(written)
+        for path in shared:
+            _own_weight(written[path].base_layer)
+        if shared:
+            head = getattr(self.model, "get_output_embeddings", lambda: None)()
+            if head is not None and any(written[path] is head for path in shared):
+                self.model.config.tie_word_embeddings = False
+            warnings.warn(
+                f"{len(shared)} layers that shared their weights ({shared[0]}, …) have now their own", stacklevel=5
+            )
 
     def merge_and_unload(
         self,
@@ -316,9 +329,19 @@ class AdaptedModel(nn.Module):
     def _unwrap(self, merged: bool) -> nn.Module:
         for _, holder in self.holders():
             holder.leave(self.model, merged)
+        keep_layers(self.model)
         for config in self.peft_config.values() if merged else ():
             method_for(config.peft_type).merged(self.model, config)
         return self.model
+
+
+def _own_weight(base: nn.Module) -> None:
+    """Gives a layer that shares its weight (and its frozen bias, and a 4-bit weight's statistics) a copy."""
+    for name, parameter in base._parameters.items():
+        if name == "weight" or (parameter is not None and not parameter.requires_grad):
+            base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    for name, buffer in base._buffers.items():
+        base._buffers[name] = None if buffer is None else buffer.clone()
 
 
 def check_adapter_name(name: str) -> None:

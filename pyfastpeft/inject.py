@@ -205,6 +205,17 @@ def tied_targets(model: nn.Module, targets: dict[str, nn.Module]) -> list[tuple[
     return [(path, owners[id(base.weight)]) for path, base in bases if id(base.weight) in owners]
 
 
+def sharing_weights(layers: dict[str, MethodLayer]) -> list[str]:
+    """The paths of layers whose weight is that of one before them (replicated layers)."""
+    seen: set[int] = set()
+    found = []
+    for path, layer in layers.items():
+        key = id(layer.base_layer.weight)
+        found += [path] if key in seen else []
+        seen.add(key)
+    return found
+
+
 def bias_tensors(model: nn.Module, mode: str, layer_class: type[MethodLayer]) -> dict[str, nn.Parameter]:
     """{key in the file: bias Parameter of the base} that `bias=` trains: "none", "all", "lora_only"."""
     if mode == "none":

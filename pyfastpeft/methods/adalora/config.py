@@ -56,7 +56,13 @@ class AdaLoraConfig(LoraConfig):
             raise ValueError(f"AdaLoraConfig: init_lora_weights is {self.init_lora_weights!r}, expected True or False")
 
     def _unsupported(self) -> frozenset[str]:
-        return super()._unsupported() | {"use_dora", "lora_bias", "loftq_config", "target_parameters"}
+        return super()._unsupported() | {
+            "use_dora",
+            "lora_bias",
+            "loftq_config",
+            "target_parameters",
+            "layer_replication",
+        }
 
     def _check_ranks(self) -> None:
         if self.total_step is None:

@@ -18,6 +18,7 @@ from pyfastpeft.methods.checks import (
     names_to_set,
 )
 from pyfastpeft.methods.lora.initial import check_init
+from pyfastpeft.replicate_layers import check_ranges
 from pyfastpeft.trainable_tokens import check_token_indices
 
 BIAS_MODES = ("none", "all", "lora_only")
@@ -75,6 +76,7 @@ class LoraConfig(PeftConfig):
     layers_to_transform   indices of the layers to adapt, for a list of target_modules
     layers_pattern     the name before the index ("layers", "h"); None: any
     rank_pattern, alpha_pattern   {name or regular expression: r or lora_alpha} for some of the layers
+    layer_replication  [start, end) pairs: the model's layers stacked anew, sharing their weights (replicate_layers.py)
     target_parameters  Parameters of 2 or 3 dimensions (stacked experts), by their path or its end
                        ("mlp.experts.down_proj"); without dropout, DoRA and lora_bias (methods/lora/parameters.py)
     trainable_token_indices   tokens whose rows of the input embedding train too, or {module: tokens}; a head that shares
@@ -130,6 +132,7 @@ class LoraConfig(PeftConfig):
         self._check_numbers()
         self._check_layers()
         check_token_indices(self)
+        check_ranges(self)
         self._check_parameters()
         names_to_set(self, "target_modules", "exclude_modules")
 
@@ -282,7 +285,7 @@ class LoraConfig(PeftConfig):
 
 _UNSUPPORTED = frozenset(
     """megatron_config megatron_core corda_config lora_ga_config
-    velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config
+    velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config runtime_config
     use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
 )
 

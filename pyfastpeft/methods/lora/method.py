@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyfastpeft.inject import tied_targets
+from pyfastpeft.inject import sharing_weights, tied_targets
 from pyfastpeft.methods.base import KEY_PREFIX, PeftType, bare_modules, named_by
 from pyfastpeft.methods.layer_method import LayerMethod
 from pyfastpeft.methods.lora.combine import KINDS, check_combination, combine_factors
@@ -21,6 +21,7 @@ from pyfastpeft.methods.lora.parameters import add_parameters, find_parameters
 from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding, check_table
 from pyfastpeft.methods.lora.targets import default_target_modules
 from pyfastpeft.nn.base_tables import BaseConv, BaseEmbedding, as_base_layer
+from pyfastpeft.replicate_layers import replicate_layers, restore_layers
 from pyfastpeft.saved_modules import ModulesToSaveWrapper
 
 
@@ -63,9 +64,15 @@ class LoraMethod(LayerMethod):
             warnings.warn(f"LoraConfig: {name} has {keys}, which match none of the adapted layers", stacklevel=3)
 
     def inject(self, model: nn.Module, config: LoraConfig, adapter_name: str, *, init: bool, **how) -> LoraConfig:
-        config = super().inject(model, config, adapter_name, init=init, **how)
-        if init and takes_from_base(config.init_lora_weights):
-            self._take_from_base(model, config, adapter_name, keep_adapter=False)
+        replicated = replicate_layers(model, config)
+        try:
+            config = super().inject(model, config, adapter_name, init=init, **how)
+            if init and takes_from_base(config.init_lora_weights):
+                self._take_from_base(model, config, adapter_name, keep_adapter=False)
+        except BaseException:
+            if replicated:
+                restore_layers(model)
+            raise
         return config
 
     def _take_from_base(self, model: nn.Module, config: LoraConfig, adapter_name: str, keep_adapter: bool) -> None:
@@ -77,6 +84,12 @@ class LoraMethod(LayerMethod):
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of {path}, which is {other}'s too; leave "
                 f"{path} out of target_modules"
+            )
+        shared = sharing_weights(layers)
+        if shared:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the weight of {shared[0]}, which another adapted layer "
+                "shares (layer_replication); use True, False, 'gaussian' or 'orthogonal'"
             )
         try:
             for path, layer in layers.items():

@@ -23,6 +23,7 @@
 #include "common/subnormals.h"
 #include "common/vec.h"
 #include "nf4/nf4_matmul_cpu.h"
+#include "nf4/nf4_scales.h"
 
 namespace pyfastpeft {
 namespace {
@@ -36,48 +37,6 @@ constexpr std::int64_t kNf4XBytes = 16 << 10;  // of a part of x at a time: half
 // L2): M = 1 12.9 / 10.4 / 7.8 ms, 15 of the 17.5 GB/s that reading alone reaches; M = 4 24.6 / 16.7 / 16.2; M = 8 33.8 /
 // 26.7 / 28.3.
 constexpr int kNf4FewTokens = 4;
-
-// Where the scale of each group of 64 columns is found.
-//   plain    base[block]
-//   nested   the 256 scales a nested block may have are computed once (2 vector operations for 16), then
-//            base[nested block · 256 + code]
-struct Nf4Scales {
-  const float* base;
-  const std::uint8_t* codes;  // nested only
-  std::int64_t origin;        // nested: the first value of `base`, nested block · 256
-  int shift;                  // log2(groups per block)
-
-  template <bool nested>
-  float at(std::int64_t group) const {
-    const std::int64_t block = group >> shift;
-    if (!nested) return base[block];
-    return base[((block & ~(kNestedBlocksize - 1)) - origin) + codes[block]];
-  }
-};
-
-// Room for the scales of a panel's nested blocks, which may begin and end within one.
-inline std::int64_t nf4_table_size(const Nf4Matrix& w) {
-  if (w.absmax.plain != nullptr) return 0;
-  return (kNf4Panel * w.K / w.blocksize / kNestedBlocksize + 2) * kNestedBlocksize;
-}
-
-// The scales of `rows` rows from row n on, rows being at most a panel; `table` keeps those of nested blocks.
-template <typename V>
-Nf4Scales nf4_scales(const Nf4Matrix& w, std::int64_t n, std::int64_t rows, float* table) {
-  const std::int64_t per_row = w.K / kNf4Group, first = n * per_row;
-  int shift = 0;
-  while (kNf4Group << shift < w.blocksize) ++shift;
-  if (w.absmax.plain != nullptr) return {w.absmax.plain, nullptr, 0, shift};
-  const std::int64_t begin = (first >> shift) / kNestedBlocksize;
-  const std::int64_t end = ((first + rows * per_row - 1) >> shift) / kNestedBlocksize + 1;
-  const V offset = V::set(*w.absmax.offset);
-  for (std::int64_t b = begin; b < end; ++b) {
-    const V scale = V::set(w.absmax.nested_absmax[b]);
-    for (std::int64_t i = 0; i < kNestedBlocksize; i += V::width)  // a multiply, then an add: the format's
-      (V::load(w.absmax.nested_map + i) * scale + offset).store(table + (b - begin) * kNestedBlocksize + i);
-  }
-  return {table, w.absmax.codes, begin * kNestedBlocksize, shift};
-}
 
 // Chunks [begin, end) of some rows of W and of one part of x.
 template <typename P>
@@ -239,7 +198,7 @@ void nf4_dots_rows(const Nf4MatvecArgs& args, std::int64_t begin, std::int64_t e
   // a fixed length where a strip is a sum of its own: bits must not depend on M
   const std::int64_t by_cache = kNf4XBytes / (part * P::columns * std::int64_t(sizeof(Element)));
   const std::int64_t step = P::kStrip > 0 ? P::kStrip / P::columns : std::max<std::int64_t>(1, by_cache);
-  std::vector<float> table(std::size_t(nf4_table_size(w)));
+  std::vector<float> table(std::size_t(nf4_scale_table(w, kNf4Panel)));
   std::vector<float> sums(std::size_t(kNf4Panel * std::min(args.M, block) * P::V::width));
   for (std::int64_t n = begin; n < end; n += kNf4Panel) {
     const std::int64_t count = std::min(kNf4Panel, end - n);

@@ -39,4 +39,14 @@ void nf4_matvec_cpu(const Nf4Matrix& w,
                     DType dtype,            // of x and y
                     void* y);               // [M, N], overwritten
 
+// The same for many rows of x in bf16, where the processor multiplies it (AVX-512 BF16, AMX): W is decoded once for
+// hundreds of tokens. Weights are scaled in fp32 and rounded to bf16 once, and so are S and B.
+bool nf4_panel_available();
+void nf4_panel_cpu(const Nf4Matrix& w,
+                   const bf16* x,  // [M, K] row-major
+                   std::int64_t M,
+                   const float* bias,      // [N] or null
+                   const Nf4LowRank& low,  //
+                   bf16* y);               // [M, N], overwritten
+
 }  // namespace pyfastpeft

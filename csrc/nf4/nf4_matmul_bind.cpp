@@ -43,9 +43,11 @@ void dequantize_tile(const PackedWeight& w, std::int64_t row, std::int64_t rows,
   nf4_dequantize_tile_cpu(m, row, rows, col, cols, out_dtype, o);
 }
 
-void matvec(const PackedWeight& w, Address x, std::int64_t x_numel, std::int64_t M, Address bias,
-            std::int64_t bias_numel, Address s, std::int64_t s_numel, Address b, std::int64_t b_numel, std::int64_t R,
-            int dtype, Address y, std::int64_t y_numel) {
+// Both CPU products take the same arguments; kPanel says which one runs.
+template <bool kPanel>
+void product(const PackedWeight& w, Address x, std::int64_t x_numel, std::int64_t M, Address bias,
+             std::int64_t bias_numel, Address s, std::int64_t s_numel, Address b, std::int64_t b_numel, std::int64_t R,
+             int dtype, Address y, std::int64_t y_numel) {
   const char* op = "linear_4bit";
   const Nf4Matrix& m = w.matrix;
   check_count(x_numel, M * m.K, op, "x", "M·K");
@@ -58,10 +60,15 @@ void matvec(const PackedWeight& w, Address x, std::int64_t x_numel, std::int64_t
     low = {pointer<const float>(s, s_numel, op, "s"), pointer<const float>(b, b_numel, op, "lora_b"), R};
   }
   const DType x_dtype = dtype_of(dtype, op);
+  if constexpr (kPanel) check(x_dtype == DType::bf16, op, ": the panel kernel multiplies bfloat16 alone");
   const void* from = pointer<void>(x, x_numel, op, "x");
   void* to = pointer<void>(y, y_numel, op, "y");
   const py::gil_scoped_release release;
-  nf4_matvec_cpu(m, from, M, reinterpret_cast<const float*>(bias), low, x_dtype, to);
+  const float* const added = reinterpret_cast<const float*>(bias);
+  if constexpr (kPanel)
+    nf4_panel_cpu(m, static_cast<const bf16*>(from), M, added, low, static_cast<bf16*>(to));
+  else
+    nf4_matvec_cpu(m, from, M, added, low, x_dtype, to);
 }
 
 #if defined(PYFASTPEFT_WITH_CUDA)
@@ -150,6 +157,13 @@ void define_fused(py::module_& m, const char* name, F f) {
 }
 #endif
 
+template <typename F>
+void define_product(py::module_& m, const char* name, F f) {
+  m.def(name, f, py::arg("weight"), py::arg("x"), py::arg("x_numel"), py::arg("M"), py::arg("bias"),
+        py::arg("bias_numel"), py::arg("s"), py::arg("s_numel"), py::arg("b"), py::arg("b_numel"), py::arg("R"),
+        py::arg("dtype"), py::arg("y"), py::arg("y_numel"));
+}
+
 }  // namespace
 
 void register_nf4_matmul(py::module_& m) {
@@ -160,9 +174,9 @@ void register_nf4_matmul(py::module_& m) {
            py::arg("quant_type"));
   m.def("nf4_dequantize_tile_cpu", &dequantize_tile, py::arg("weight"), py::arg("row"), py::arg("rows"), py::arg("col"),
         py::arg("cols"), py::arg("dtype"), py::arg("out"), py::arg("out_numel"));
-  m.def("nf4_matvec_cpu", &matvec, py::arg("weight"), py::arg("x"), py::arg("x_numel"), py::arg("M"), py::arg("bias"),
-        py::arg("bias_numel"), py::arg("s"), py::arg("s_numel"), py::arg("b"), py::arg("b_numel"), py::arg("R"),
-        py::arg("dtype"), py::arg("y"), py::arg("y_numel"));
+  define_product(m, "nf4_matvec_cpu", &product<false>);
+  define_product(m, "nf4_panel_cpu", &product<true>);
+  m.def("nf4_panel_available", &nf4_panel_available);
 #if defined(PYFASTPEFT_WITH_CUDA)
   m.def("nf4_matmul_workspace", &matmul_workspace, py::arg("M"), py::arg("N"), py::arg("K"));
   define_fused(m, "nf4_matvec_cuda", &fused<false>);

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/check.h"
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "nf4/nf4_matvec_kernel.h"
@@ -100,6 +101,82 @@ void nf4_matvec_cpu(const Nf4Matrix& w, const void* x, std::int64_t M, const flo
   parallel_for(groups, kGrainValues / (w.K * kRowGroup + 1) + 1, [&](std::int64_t begin, std::int64_t end) {
     way.rows(args, begin * kRowGroup, std::min(w.N, end * kRowGroup));
   });
+}
+
+void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, bf16* out) {
+  Nf4DequantizeBlocks* const dequantize = dequantize_variant();
+  const std::int64_t end = first + count, block = w.blocksize;
+  float absmax[kRun], scales[kRun];
+  alignas(64) bf16 edge[kNf4Group];
+  // a long block is decoded as short ones of one scale
+  const std::int64_t size = std::min(block, kNf4Group);
+  for (std::int64_t at = first; at < end;) {
+    const std::int64_t origin = at / size * size;
+    const bool part = at != origin || end - at < size;
+    const std::int64_t pieces = part ? 1 : std::min(kRun, (end - at) / size);
+    const std::int64_t from = origin / block, blocks = (origin + pieces * size - 1) / block - from + 1;
+    nf4_decode_absmax(w.absmax, from, blocks, absmax);
+    for (std::int64_t i = 0; i < pieces; ++i) scales[i] = absmax[(origin + i * size) / block - from];
+    dequantize({w.packed + origin / 2, w.N * w.K - origin, size, w.type, DType::bf16, part ? edge : out}, scales, 0,
+               pieces);
+    const std::int64_t done = std::min(end, origin + pieces * size) - at;
+    if (part) std::copy_n(edge + (at - origin), done, out);
+    at += done;
+    out += done;
+  }
+}
+
+namespace {
+
+const Nf4PanelVariant* panel_variant() {
+#if defined(__x86_64__)
+  const CpuIsa isa = cpu_isa();
+#if defined(PYFASTPEFT_HAS_AMX)
+  if (isa >= CpuIsa::amx) return &nf4_panel_amx;
+#endif
+  if (isa >= CpuIsa::avx512) return &nf4_panel_avx512;
+#endif
+  return nullptr;
+}
+
+constexpr std::int64_t kPanelTokens = 512;     // at a time: their sums stay in the L2 cache
+constexpr std::int64_t kPanelBytes = 4 << 20;  // of packed x at a time, and little more
+constexpr std::int64_t kPanelGrain = 1 << 20;  // products, below which a second thread costs more than it brings
+
+}  // namespace
+
+bool nf4_panel_available() { return panel_variant() != nullptr; }
+
+void nf4_panel_cpu(const Nf4Matrix& w, const bf16* x, std::int64_t M, const float* bias, const Nf4LowRank& low,
+                   bf16* y) {
+  const Nf4PanelVariant* const way = panel_variant();
+  check(way != nullptr, "linear_4bit: the bf16 panel kernel needs AVX-512 BF16 or AMX, this is ",
+        cpu_isa_name(cpu_isa()));
+  const std::int64_t low_rank = nf4_panel_columns(w, low.R).low_rank, columns = nf4_panel_columns(w, low.R).end;
+  const std::int64_t by_size = kPanelBytes / 2 / std::max<std::int64_t>(columns, 1) / 32 * 32;
+  const std::int64_t step = std::min(M, std::min(kPanelTokens, std::max<std::int64_t>(by_size, 64)));
+  if (step == 0 || w.N == 0) return;
+  const std::unique_ptr<char[]> space(new char[std::size_t((step + 15) / 16 * 16 * columns * 2 + 64)]);
+  bf16* const v = reinterpret_cast<bf16*>(space.get() + (64 - reinterpret_cast<std::uintptr_t>(space.get()) % 64) % 64);
+  for (std::int64_t m = 0; m < M; m += step) {
+    const Nf4PanelArgs args{&w,
+                            x + m * w.K,
+                            std::min(step, M - m),
+                            bias,
+                            low.R > 0 ? low.s + m * low.R : nullptr,
+                            low.b,
+                            low.R,
+                            low_rank,
+                            columns,
+                            v,
+                            y + m * w.N};
+    parallel_for((args.M + 15) / 16, kGrainPacked / (16 * columns + 1) + 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t group = begin; group < end; ++group) way->pack(args, group);
+    });
+    const std::int64_t groups = (w.N + 15) / 16;
+    parallel_for(groups, kPanelGrain / (16 * columns * args.M + 1) + 1,
+                 [&](std::int64_t begin, std::int64_t end) { way->rows(args, 16 * begin, std::min(w.N, 16 * end)); });
+  }
 }
 
 }  // namespace pyfastpeft

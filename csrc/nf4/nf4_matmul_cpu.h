@@ -59,4 +59,44 @@ inline bool nf4_whole_groups(const Nf4Matrix& w) {
 // Writes whole blocks [first, first + blocks) of W to out, which starts at the first one's first value.
 void nf4_decode_blocks(const Nf4Matrix& w, std::int64_t first, std::int64_t blocks, DType dtype, void* out);
 
+// ---- many rows of x: nf4_panel_kernel.h ------------------------------------------------------------------------------
+constexpr std::int64_t kNf4PanelRows = 128;  // of W, decoded at a time: a multiple of every variant's rows
+constexpr std::int64_t kNf4PanelColumns =
+    256;  // likewise: those of two token groups stay in half of the smallest L1 cache
+
+// Where the columns of a panel end: K rounded up to what a variant decodes at a time, then R to a tile's.
+struct Nf4PanelColumns {
+  std::int64_t low_rank, end;
+};
+inline Nf4PanelColumns nf4_panel_columns(const Nf4Matrix& w, std::int64_t R) {
+  const std::int64_t pad = nf4_whole_groups(w) ? 2 * kNf4Group : 32;
+  const std::int64_t low_rank = (w.K + pad - 1) / pad * pad;
+  return {low_rank, low_rank + (R + 31) / 32 * 32};
+}
+
+struct Nf4PanelArgs {
+  const Nf4Matrix* w;
+  const bf16* x;  // [M, K]
+  std::int64_t M;
+  const float* bias;      // [N] or null
+  const float* s;         // [M, R]
+  const float* b;         // [N, R]
+  std::int64_t R;         // 0: no low-rank path
+  std::int64_t low_rank;  // nf4_panel_columns: where the low-rank columns begin
+  std::int64_t columns;   // and end
+  bf16* v;                // [ceil(M / 16), columns / 2, 16, 2]: x and s as `pack` wrote them
+  bf16* y;                // [M, N]
+};
+
+struct Nf4PanelVariant {
+  void (*pack)(const Nf4PanelArgs& args, std::int64_t group);                    // tokens [16·group, …)
+  void (*rows)(const Nf4PanelArgs& args, std::int64_t begin, std::int64_t end);  // rows of W
+};
+#if defined(__x86_64__)
+extern const Nf4PanelVariant nf4_panel_avx512, nf4_panel_amx;
+#endif
+
+// Writes values [first, first + count) of W to out.
+void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, bf16* out);
+
 }  // namespace pyfastpeft

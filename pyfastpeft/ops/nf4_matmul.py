@@ -4,7 +4,10 @@ W [N, K] is frozen, so the gradients are those of ops/lora.py without dW. The wh
 
     few rows of x    y straight from the packed bytes, bias and low-rank path in the same sums, one rounding; weights are
                      scaled in fp32 and, where the processor multiplies bf16 and x is bf16, rounded to it once
-    many             W in tiles of at most TILE_BYTES, each dequantised (rounded once to x's dtype) into one buffer that
+    many, bfloat16   where the processor multiplies bfloat16 (AVX-512 BF16, AMX): panels of W decoded once into the L2 cache and
+                     multiplied with hundreds of tokens there; bias and low-rank path (S and B rounded to bfloat16
+                     once) in the same sums, one rounding
+    many, else       W in tiles of at most TILE_BYTES, each dequantised (rounded once to x's dtype) into one buffer that
                      stays in the cache, and multiplied there by torch's matmul:
                        y  [:, n : n + rows] = x  · W[n : n + rows, :]ᵀ        a tile is some rows of W
                        dx [:, k : k + cols] = dy · W[:, k : k + cols]         a tile is some columns, so that no sum
@@ -34,16 +37,18 @@ from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
 # Up to this many rows of x the packed bytes are read directly; by instruction set, as csrc/common/cpu_isa.h names them.
-# Measured on Zen 4 at 4096 x 4096, one thread of a shared machine, milliseconds direct / tiles: avx512 bf16 16 rows 4.0 /
-# 5.4, 32 rows 7.7 / 7.8, 48 rows 11.1 / 10.4; avx512 fp32 48 rows 20.0 / 21.3, 64 rows 26.2 / 26.0; avx2 fp32 32 rows 16.8
+# Measured on Zen 4 at 4096 x 4096, one thread of a shared machine, milliseconds direct / tiles: avx512 bf16, direct /
+# panels, 33 rows 7.1 / 8.1, 40 rows 8.4 / 8.1; avx512 fp32 48 rows 20.0 / 21.3, 64 rows 26.2 / 26.0; avx2 fp32 32 rows 16.8
 # / 16.6; avx2 bf16 64 rows 37 / 41, 128 rows 157 / 139. The scalar kernel loses to torch's vectors from the start, but
 # holds no tile: it serves the fewest rows.
 _FEW_ROWS = {
     "scalar": {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8},
     "avx2": {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64},
-    "avx512": {torch.float32: 48, torch.float16: 48, torch.bfloat16: 32},
+    "avx512": {torch.float32: 48, torch.float16: 48, torch.bfloat16: 36},
 }
-_FEW_ROWS["amx"] = _FEW_ROWS["avx512"]
+# with AMX tokens cost a twentieth and decoding W stays: the cost model in csrc/nf4/nf4_matmul_cpu_amx.cpp puts the crossing
+# between 8 and 16 tokens
+_FEW_ROWS["amx"] = _FEW_ROWS["avx512"] | {torch.bfloat16: 12}
 
 
 def matvec_rows(dtype: torch.dtype) -> int:
@@ -96,12 +101,12 @@ def _tiles(length: int, other: int, itemsize: int, multiple: int):
     return [(begin, min(step, length - begin)) for begin in range(0, length, step)]
 
 
-def _matvec(w: _Weight, x, bias, s, lora_b, y) -> None:
-    """y = x·Wᵀ + bias + s·lora_bᵀ in one pass over the packed bytes; s [M, R] float32 or None."""
+def _fused(kernel, w: _Weight, x, bias, s, lora_b, y) -> None:
+    """y = x·Wᵀ + bias + s·lora_bᵀ, by _C.nf4_matvec_cpu or _C.nf4_panel_cpu; s [M, R] float32 or None."""
     added = [None if t is None else t.to(torch.float32).contiguous() for t in (bias, s, lora_b)]
     addresses = [(0, 0) if t is None else (t.data_ptr(), t.numel()) for t in added]
     code = dtype_code(x.dtype, "linear_4bit", "x")
-    _C.nf4_matvec_cpu(
+    kernel(
         w.view, x.data_ptr(), x.numel(), x.shape[0], *addresses[0], *addresses[1], *addresses[2],
         0 if s is None else s.shape[1], code, y.data_ptr(), y.numel(),
     )  # fmt: skip
@@ -169,9 +174,14 @@ def _forward_cpu(
     rows, w = as_rows(x), _Weight(*flat, N, K)
     y = x.new_empty(rows.shape[0], N)
     if y.numel():
+        kernel = None
         if rows.shape[0] <= matvec_rows(x.dtype):
+            kernel = _C.nf4_matvec_cpu
+        elif x.dtype == torch.bfloat16 and _C.nf4_panel_available():
+            kernel = _C.nf4_panel_cpu
+        if kernel is not None:
             s = None if lora_a is None else shrink(rows, lora_a, scaling, dropout_p, seed)
-            _matvec(w, rows, bias, s, lora_b, y)
+            _fused(kernel, w, rows, bias, s, lora_b, y)
         else:
             _matmul(w, rows, bias, y)
             if lora_a is not None:

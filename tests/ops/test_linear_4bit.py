@@ -170,6 +170,26 @@ def test_same_bits_on_every_thread_count(M, K, dtype, isa):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("K, blocksize, quant_type", [(192, 64, "nf4"), (517, 128, "fp4"), (1100, 4096, "nf4")])
+@pytest.mark.parametrize("isa", ["avx512", "amx"], indirect=True)
+def test_panels(K, blocksize, quant_type, isa):
+    """Tails of token groups, panels and chunks; the same bits on every thread count and in every batch of panels."""
+    tensors, grad, q = _case((560, 213, K, 35, blocksize), torch.bfloat16, True, quant_type, "gelu")
+    x, rest = tensors[0], tensors[1:]
+    for M in (50, 83):
+        _check([x[:M], *rest], grad[:M], q, (0.5, 0.3, SEED))
+    former = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(pf.ops.linear_4bit(x, q, *rest))
+    finally:
+        torch.set_num_threads(former)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert torch.equal(pf.ops.linear_4bit(x[512:], q, *rest), results[0][512:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N, K", [(70, 260), (70, 192), (35, 1152)])
 def test_a_token_does_not_depend_on_its_batch(N, K, dtype, isa):
@@ -224,7 +244,7 @@ def test_any_call(data):
     former = _C.cpu_isa()
     names = ["scalar", "avx2", "avx512", "amx"]
     isa = draw(st.sampled_from(names[: names.index(_C.detected_cpu_isa()) + 1]))
-    M, N = draw(st.integers(0, 40)), draw(st.integers(0, 80))
+    M, N = draw(st.integers(0, 70)), draw(st.integers(0, 80))
     K = draw(st.one_of(st.integers(0, 150), st.integers(0, 6).map(lambda groups: 64 * groups)))
     R = draw(st.sampled_from([0, 1, 7, 16, 19]))
     dtype, kind = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["randn", "gelu"]))

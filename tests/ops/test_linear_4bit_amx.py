@@ -112,7 +112,7 @@ def test_the_instruction(twin):
     torch.testing.assert_close(dot(c, a, b).double(), exact, rtol=1e-5, atol=1e-5)
     zero, a, b = torch.zeros(16, 16), torch.zeros(16, 32), torch.ones(16, 16, 2)
     a[0, :4] = torch.tensor([2.0**24, -1.0, 1.0, 2.0**24])  # each half rounds away its 1: even 2^24 + 1, odd 2^24 - 1
-    a[1, :2] = 2.0**-130  # subnormal operands
+    a[1, 14:16], b[7] = 2.0**-130, 2.0**100  # subnormal operands
     a[2, 0], b[0, 5, 0] = 2.0**-100, 2.0**-40  # a subnormal product
     a[3, 0] = 1.0
     got = dot(zero + (torch.arange(16) == 3)[:, None] * 2.0**24, a, b)

@@ -14,6 +14,7 @@ from torch import nn
 from pyfastpeft import checkpoint, mixed_batch, prompt_model, status
 from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
+from pyfastpeft.methods.lora.plain import as_plain_lora
 from pyfastpeft.methods.registry import method_for
 from pyfastpeft.nn import as_base_linear
 
@@ -190,12 +191,16 @@ class PeftModel(nn.Module):
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
+        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
     ) -> None:
         """Writes adapters (None: all): "default" into the folder itself, others into `<folder>/<name>/`.
 
         safe_serialization     safetensors; False: adapter_model.bin
         save_embedding_layers  also the weights of input and output embedding; "auto": when the vocabulary was resized
         state_dict             values gathered elsewhere (FSDP), by the model's own keys
+        path_initial_model_for_weight_conversion   where a PiSSA or OLoRA adapter was saved before training: it is written
+                               as plain LoRA of twice the rank, for the original base (methods/lora/plain.py)
+        Raises ValueError where there is no such conversion, with nothing written.
         Raises OSError when it cannot be written; the former files are then untouched.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
@@ -218,6 +223,8 @@ class PeftModel(nn.Module):
                 )
             config.inference_mode = True
             tensors = method.to_file(tensors, config)
+            if path_initial_model_for_weight_conversion is not None:
+                tensors = as_plain_lora(tensors, config, path_initial_model_for_weight_conversion)
             kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
             checkpoint.write_adapter(
                 save_directory if name == "default" else os.path.join(save_directory, name),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import pyfastpeft as pf
+from pyfastpeft.nn import as_base_linear
 from tests.methods.contract import scatter
 from tests.methods.mixtures import mixture, tokens
 from tests.methods.models import TASK, batch, build
@@ -75,7 +76,12 @@ def test_merging_gives_every_layer_its_own_weight(quantize, layers):
     assert (model(**batch("llama")).logits - y).norm() < (0.25 if quantize else 1e-5) * (y - before).norm()
     model.unmerge_adapter()
     assert torch.equal(model(**batch("llama")).logits, y)
+    wanted = {path: layer.merged_weights(["default"])[0] for path, layer in model.base_model.layers()}
     merged = model.merge_and_unload()
+    for path, weight in wanted.items():  # each is what its own merging stored
+        stored = as_base_linear(merged.get_submodule(path)).get_weight(torch.float32)
+        error = getattr(merged, "merge_report", {}).get(path, 0.0)
+        assert ((stored - weight).norm() / weight.norm()).item() == pytest.approx(error, abs=1e-6)
     assert (merged(**batch("llama")).logits - y).norm() < (0.25 if quantize else 1e-5) * (y - before).norm()
     assert merged.config.num_hidden_layers == 4 and sum(p.numel() for p in merged.parameters()) > size
 

@@ -275,8 +275,9 @@ def test_bad_input():
         ValueError, match="adapter 'default' has a copy of bert.encoder.layer.1.attention, a BertAttention"
     ):
         run(["default"] * 5, saved)
-    with pytest.raises(ValueError, match="a layer got a batch of 5"):
-        run(["__base__"] * 2)
+    for count in (1, 2):  # a part of the batch is no beam
+        with pytest.raises(ValueError, match="a layer got a batch of 5"):
+            run(["__base__"] * count)
     llama = pf.get_peft_model(build("llama"), pf.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).eval()
     with pytest.raises(ValueError, match="puts virtual tokens before every sample"):
         llama(torch.zeros(1, HIDDEN, dtype=torch.long), adapter_names=["default"])

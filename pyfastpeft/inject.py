@@ -60,7 +60,7 @@ def find_targets(
         kinds = ", ".join(f"{path} ({_kind(modules[path])})" for path in wrong[:5])
         raise ValueError(
             f"target_modules matches {len(wrong)} modules that are not layers this method can adapt: {kinds}; "
-            "expected nn.Linear, Conv1D or NF4Linear (LoRA: nn.Embedding, nn.Conv1d, Conv2d, Conv3d too; (IA)³: the "
+            "expected nn.Linear, Conv1D or NF4Linear (LoRA: nn.Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention too; (IA)³: the "
             "convolutions). Name such layers, or take the others out with "
             "exclude_modules"
         )
@@ -202,7 +202,8 @@ def tied_targets(model: nn.Module, targets: dict[str, nn.Module]) -> list[tuple[
         if parameter is not None
     }
     bases = ((path, m.base_layer if isinstance(m, MethodLayer) else m) for path, m in targets.items())
-    return [(path, owners[id(base.weight)]) for path, base in bases if id(base.weight) in owners]
+    weights = ((path, id(getattr(base, "weight", base))) for path, base in bases)  # MultiheadAttention has none
+    return [(path, owners[weight]) for path, weight in weights if weight in owners]
 
 
 def sharing_weights(layers: dict[str, MethodLayer]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Embeddings and convolutions as a method sees them: the linear map W [N, K] that merging an adapter writes into.
+"""Embeddings, convolutions and packed attention as a method sees them: the linear map W [N, K] that merging an adapter writes into.
 
     nn.Embedding       y = onehot(x) Wᵀ       W = weightᵀ [D, V], so K = V tokens and N = D features
     nn.Conv1d, 2d, 3d  y = patches(x) Wᵀ      W = weight [N, K/groups · k], the kernel's positions in one row
@@ -16,6 +16,52 @@ from pyfastpeft.nn.base_linear import BaseLinear, as_base_linear
 from pyfastpeft.nn.dense import relative_error
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class BaseAttention(BaseLinear):
+    """nn.MultiheadAttention with a packed projection: W [4E, E] is in_proj_weight [3E, E] above out_proj.weight [E, E].
+
+    in_features E; out_features 3E, those of the packed projection; the biases are not a method's to write.
+    """
+
+    module: nn.MultiheadAttention
+    bias = None
+
+    @property
+    def in_features(self) -> int:
+        return self.module.embed_dim
+
+    @property
+    def out_features(self) -> int:
+        return 3 * self.module.embed_dim
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.module.in_proj_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.in_proj_weight.device
+
+    def _weight(self) -> torch.Tensor:
+        return torch.cat((self.module.in_proj_weight, self.module.out_proj.weight))
+
+    def _expected_shape(self) -> tuple[int, ...]:
+        return 4 * self.module.embed_dim, self.module.embed_dim
+
+    @torch.no_grad()
+    def set_weight(self, weight: torch.Tensor) -> float:
+        self._check_new_weight(weight)
+        self.restore_weight(weight)
+        return relative_error(self._weight(), weight)
+
+    def snapshot_weight(self, device: torch.device | str | None = None) -> torch.Tensor:
+        return self._weight().detach().to(device or self.device, copy=True)
+
+    @torch.no_grad()
+    def restore_weight(self, snapshot: torch.Tensor) -> None:
+        packed, out = snapshot.split((self.out_features, self.in_features))
+        self.module.in_proj_weight.detach().copy_(packed), self.module.out_proj.weight.detach().copy_(out)
 
 
 class BaseEmbedding(BaseLinear):
@@ -70,10 +116,12 @@ class BaseConv(BaseLinear):
 
 
 def as_base_layer(module: nn.Module) -> BaseLinear | None:
-    """as_base_linear(), and the views of embeddings and convolutions; None for anything else."""
+    """as_base_linear(), and the views of embeddings, convolutions and MultiheadAttention; None for anything else."""
     view = as_base_linear(module)
     if view is not None:
         return view
+    if isinstance(module, nn.MultiheadAttention):
+        return BaseAttention(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.itemsize < 2:
         return None

@@ -57,8 +57,8 @@ class LoraConfig(PeftConfig):
     """Configuration of LoRA: y = base(x) + s · B A dropout(x), with s = lora_alpha / r.
 
     r                  rank R of A [R, K] and B [N, R]
-    target_modules     which linear layers, embeddings, convolutions: names, matched whole or as the end of a path ("q_proj",
-                       "layers.0.mlp.up_proj"); a regular expression that must match the whole path; "all-linear"
+    target_modules     which linear layers, embeddings, convolutions, nn.MultiheadAttention: names, matched whole or as
+                       the end of a path ("q_proj", "layers.0.mlp.up_proj"); a regular expression that must match the whole path; "all-linear"
                        (every linear layer but the output head, nothing else); None: the usual ones of the architecture
     exclude_modules    names or a regular expression, taken out of the targets
     lora_alpha         the numerator of s

@@ -13,6 +13,7 @@ from torch import nn
 from pyfastpeft.inject import sharing_weights, tied_targets
 from pyfastpeft.methods.base import KEY_PREFIX, PeftType, bare_modules, named_by
 from pyfastpeft.methods.layer_method import LayerMethod
+from pyfastpeft.methods.lora.attention import LoraAttention, check_attention
 from pyfastpeft.methods.lora.combine import KINDS, check_combination, combine_factors
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.initial import takes_from_base
@@ -20,7 +21,7 @@ from pyfastpeft.methods.lora.layer import LoraLinear
 from pyfastpeft.methods.lora.parameters import add_parameters, find_parameters
 from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding, check_table
 from pyfastpeft.methods.lora.targets import default_target_modules
-from pyfastpeft.nn.base_tables import BaseConv, BaseEmbedding, as_base_layer
+from pyfastpeft.nn.base_tables import BaseAttention, BaseConv, BaseEmbedding, as_base_layer
 from pyfastpeft.replicate_layers import replicate_layers, restore_layers
 from pyfastpeft.saved_modules import ModulesToSaveWrapper
 
@@ -51,10 +52,12 @@ class LoraMethod(LayerMethod):
 
     def layer_class_for(self, bare: nn.Module) -> type[LoraLinear] | None:
         view = as_base_layer(bare)
-        kinds = {BaseEmbedding: LoraEmbedding, BaseConv: LoraConv}
+        kinds = {BaseAttention: LoraAttention, BaseConv: LoraConv, BaseEmbedding: LoraEmbedding}
         return None if view is None else kinds.get(type(view), self.layer_class)
 
     def check_layer(self, path: str, bare: nn.Module, config: LoraConfig) -> None:
+        if isinstance(bare, nn.MultiheadAttention):
+            check_attention(path, bare, config)
         check_table(path, bare, config)
 
     def check_targets(self, config: LoraConfig, targets: dict[str, nn.Module], strict: bool) -> None:
@@ -121,6 +124,11 @@ class LoraMethod(LayerMethod):
         if any(config.use_dora for config in configs):
             raise ValueError("add_weighted_adapter: DoRA adapters have no sum; merge_adapter() them one by one")
         layers = {p: m for each in adapters for p, m in self._layers(adapted.model, each).items()}
+        packed = [path for path, layer in layers.items() if isinstance(layer, LoraAttention)]
+        if packed:
+            raise ValueError(
+                f"add_weighted_adapter: {packed[0]} is a MultiheadAttention, whose adapters cannot be combined"
+            )
         # in the model's order, with each layer's own adapters
         held = {path: [each for each in adapters if each in layer.r] for path, layer in layers.items()}
         ranks = {path: [layers[path].r[each] for each in names] for path, names in held.items()}

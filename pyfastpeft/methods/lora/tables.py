@@ -21,7 +21,7 @@ from pyfastpeft.nn.base_tables import CONVOLUTIONS
 _CONVOLVE = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
 
 
-class _Beside(LoraLinear):
+class Beside(LoraLinear):
     """What the layers here have in common. A subclass has A and B in a shape of their own, and their update."""
 
     def update(self, x: torch.Tensor, name: str, *args, **kwargs) -> torch.Tensor:
@@ -86,7 +86,7 @@ class _Beside(LoraLinear):
             return getattr(self.base_layer, name)  # model code reads num_embeddings, stride and so on
 
 
-class LoraEmbedding(_Beside):
+class LoraEmbedding(Beside):
     """An embedding with LoRA adapters; `lora_embedding_A[name]` [R, V], `lora_embedding_B[name]` [D, R], Parameters.
 
         y = base(ids) + s · c · A[:, ids]ᵀ Bᵀ         c the embedding's own scale (Gemma), 1 otherwise
@@ -155,7 +155,7 @@ class LoraEmbedding(_Beside):
         return None
 
 
-class LoraConv(_Beside):
+class LoraConv(Beside):
     """A convolution with LoRA adapters; `lora_A[name].weight` [R, K, k…] and `lora_B[name].weight` [N, R/groups, 1…].
 
         y = base(x) + s · B ∗ (A ∗ dropout(x))        A with the base's kernel, stride, padding and dilation; B 1 × 1
@@ -185,9 +185,9 @@ class LoraConv(_Beside):
                 b.zero_()
                 if bias is not None:
                     bias.zero_()
-        self.lora_A[name] = _Kernel(self._parameter(a, fp32)).train(self.training)
+        self.lora_A[name] = Kernel(self._parameter(a, fp32)).train(self.training)
         bias = None if bias is None else self._parameter(bias, fp32)
-        self.lora_B[name] = _Kernel(self._parameter(b, fp32), bias).train(self.training)
+        self.lora_B[name] = Kernel(self._parameter(b, fp32), bias).train(self.training)
         if config.use_dora:
             self._add_magnitude(name, (1, self.out_features, *ones), fp32, init)
 
@@ -232,7 +232,7 @@ class LoraConv(_Beside):
 _GROUPED = "LoRA on a convolution with groups={1} cannot {0}: its A reads the channels of all groups; use it unmerged"
 
 
-class _Kernel(nn.Module):
+class Kernel(nn.Module):
     """A convolution's weight and bias, by the names a state dict has for them."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:

@@ -211,7 +211,7 @@ def sharing_weights(layers: dict[str, MethodLayer]) -> list[str]:
     seen: set[int] = set()
     found = []
     for path, layer in layers.items():
-        key = id(layer.base_layer.weight)
+        key = id(getattr(layer.base_layer, "weight", layer))  # MultiheadAttention has none
         found += [path] if key in seen else []
         seen.add(key)
     return found

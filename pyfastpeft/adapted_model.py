@@ -336,12 +336,10 @@ class AdaptedModel(nn.Module):
 
 
 def _own_weight(base: nn.Module) -> None:
-    """Gives a layer that shares its weight (and its frozen bias, and a 4-bit weight's statistics) a copy."""
+    """Gives a layer that shares its weight (and its frozen bias) a copy; a 4-bit weight's statistics are its own."""
     for name, parameter in base._parameters.items():
         if name == "weight" or (parameter is not None and not parameter.requires_grad):
             base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-    for name, buffer in base._buffers.items():
-        base._buffers[name] = None if buffer is None else buffer.clone()
 
 
 def check_adapter_name(name: str) -> None:

@@ -1,8 +1,8 @@
 """layer_replication: a deeper model out of a model's own layers, whose weights the copies share.
 
 [[0, 4], [2, 5]] stacks layers 0, 1, 2, 3, 2, 3, 4. Every place has modules of its own, so adapters of its own, around the same
-Parameters and buffers (a 4-bit weight's statistics are copied). The config follows: the number of layers, and every list it has with an entry for each of them
-(layer_types), which PEFT leaves as they were.
+Parameters and buffers (a 4-bit weight's statistics are copied). The config follows: the number of layers, and every list it
+has with an entry for each of them (layer_types), which PEFT leaves as they were.
 """
 
 from __future__ import annotations

@@ -358,7 +358,9 @@ def bench(
     threads: Annotated[int | None, _option("Threads; torch's number if not given.")] = None,
     json_file: Annotated[Path | None, _option("Write the results here as JSON.", None, "--json")] = None,
     csv_file: Annotated[Path | None, _option("Write the results here as CSV.", None, "--csv")] = None,
-    plots: Annotated[Path | None, _option("Draw ratios.png, roofline.png and (paged) optimizer_budget.png into this folder.")] = None,
+    plots: Annotated[
+        Path | None, _option("Draw ratios.png, roofline.png and (paged) optimizer_budget.png into this folder.")
+    ] = None,
     compare: Annotated[
         Path | None, _option("An older run's JSON: say what became slower; exit 1 if anything did.")
     ] = None,

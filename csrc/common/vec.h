@@ -113,8 +113,8 @@ struct VecAvx512 {
     const __m512i up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
     const __m512i rounded = _mm512_mask_sub_epi32(up, odd, up, _mm512_set1_epi32(-1));
     const __m512i wide = _mm512_mask_or_epi32(rounded, is_nan, u, _mm512_set1_epi32(0x400000));
-    const __m512i high_halves = _mm512_set_epi64(0, 0, 0, 0, 0x001f001d001b0019, 0x0017001500130011,
-                                                 0x000f000d000b0009, 0x0007000500030001);
+    const __m512i high_halves =
+        _mm512_set_epi64(0, 0, 0, 0, 0x001f001d001b0019, 0x0017001500130011, 0x000f000d000b0009, 0x0007000500030001);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_castsi512_si256(_mm512_permutexvar_epi16(high_halves, wide)));
   }

@@ -27,8 +27,8 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding  of the low-rank factors of embeddings
     kwargs                 passed on (betas, eps, state_bits, …)
 
-    The groups are Hugging Face PEFT's, but for DoRA's m, which decays there and does not here. Raises ValueError when nothing is trainable, or for a
-    ratio that is not positive.
+    The groups are Hugging Face PEFT's, but for DoRA's m, which decays there and does not here. Raises ValueError when
+    nothing is trainable, or for a ratio that is not positive.
     """
     if not loraplus_lr_ratio > 0:
         raise ValueError(f"create_loraplus_optimizer: loraplus_lr_ratio is {loraplus_lr_ratio}, expected more than 0")
@@ -36,10 +36,11 @@ def create_loraplus_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        one_dimensional = parameter.ndim == 1 or "lora_magnitude_vector" in name  # a convolution's m is [1, N, 1, 1]
         if "lora_embedding" in name:
             groups["embedding"].append(parameter)
-        elif "lora_B" in name or parameter.ndim == 1:
-            groups["B without decay" if parameter.ndim == 1 else "B"].append(parameter)
+        elif one_dimensional or "lora_B" in name:
+            groups["B without decay" if one_dimensional else "B"].append(parameter)
         else:
             groups["A"].append(parameter)
     if not any(groups.values()):

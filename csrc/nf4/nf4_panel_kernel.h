@@ -182,6 +182,7 @@ void nf4_panel_rows(const Nf4PanelArgs& args, std::int64_t begin, std::int64_t e
   float* const c = reinterpret_cast<float*>(aligned + panel_values * 2);
   // what stands behind the last row is multiplied too, and thrown away
   std::memset(static_cast<void*>(panel), 0, std::size_t(panel_values * 2));
+  if (args.columns == 0) std::fill_n(c, c_values, 0.0f);  // no product writes it: y is the bias
   const bool whole = nf4_whole_groups(*args.w);
   std::vector<float> table(whole ? std::size_t(nf4_scale_table(*args.w, kNf4PanelRows)) : 0);
   Nf4Scales scales{};

@@ -224,6 +224,15 @@ def test_empty_sides(M, N, K):
         torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("M", [1, 24, 60])
+def test_no_columns_leave_the_bias(M):
+    q, bias = pf.ops.quantize_4bit(torch.randn(20, 0), 64), torch.randn(20).bfloat16()
+    for dirt in (7.0, float("nan")):
+        torch.full((1 << 20,), dirt)  # what fresh memory holds
+        y = pf.ops.linear_4bit(torch.randn(M, 0).bfloat16(), q, bias)
+        assert torch.equal(y, bias.expand(M, 20))
+
+
 def test_strided_views():
     big = torch.randn(40, 6, 70)
     q = pf.ops.quantize_4bit(torch.randn(9, 33), 64)

@@ -299,6 +299,22 @@ def model_card(config: PeftConfig) -> str:
     )
 
 
+def update_model_card(folder: str | os.PathLike, config: PeftConfig) -> None:
+    """Puts the fields of model_card() into the README.md of a folder, whose text and other fields stay."""
+    from huggingface_hub import ModelCard
+
+    path, own = os.path.join(folder, "README.md"), ModelCard(model_card(config))
+    if not os.path.isfile(path):
+        own.save(path)
+        return
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or []), *own.data.tags})
+    for field in ("base_model", "library_name", "pipeline_tag"):
+        if getattr(own.data, field) is not None:
+            setattr(card.data, field, getattr(own.data, field))
+    card.save(path)
+
+
 def embedding_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The dense weights of input and output embedding by the keys PEFT saves them under."""
     layers = []

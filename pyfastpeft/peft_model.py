@@ -13,6 +13,7 @@ from torch import nn
 
 from pyfastpeft import checkpoint, mixed_batch, prompt_model, status
 from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
+from pyfastpeft.integrations.trainer import teach_trainer
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
 from pyfastpeft.methods.lora.plain import as_plain_lora
 from pyfastpeft.methods.registry import method_for
@@ -51,6 +52,7 @@ class PeftModel(nn.Module):
         flag = flag if hasattr(adapted.model, flag) else "is_gradient_checkpointing"
         if getattr(adapted.model, flag, False):
             self._make_inputs_require_grad()
+        teach_trainer()
 
     def _show_signature(self) -> None:
         """forward with the model's own signature: trainers look there for the columns to keep."""
@@ -236,6 +238,10 @@ class PeftModel(nn.Module):
                 resume=resume,
                 resume_name=method.resume_name,
             )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Gives the README.md of a folder what the hub reads of an adapter; transformers' Trainer calls this after its own."""
+        checkpoint.update_model_card(output_dir, self.active_peft_config)
 
     @classmethod
     def from_pretrained(

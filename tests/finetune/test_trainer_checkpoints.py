@@ -23,7 +23,7 @@ METHODS = {
 }
 
 
-class Trainer(AdapterCheckpoints, transformers.Trainer):
+class Mixed(AdapterCheckpoints, transformers.Trainer):
     pass
 
 
@@ -31,7 +31,7 @@ def base(tiny_model):
     return transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
 
-def trainer_of(model, folder, **arguments):
+def trainer_of(model, folder, kind=transformers.Trainer, **arguments):
     text = b"the quick brown fox jumps over the lazy dog. " * 20
     rows = [{"input_ids": (ids := [b + 3 for b in text[i : i + 32]]), "labels": ids} for i in range(0, 640, 32)]
     settings = transformers.TrainingArguments(
@@ -39,19 +39,19 @@ def trainer_of(model, folder, **arguments):
         report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="steps", save_steps=3, eval_strategy="steps",
         eval_steps=3, **arguments,
     )  # fmt: skip
-    return Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows[:4])
+    return kind(model=model, args=settings, train_dataset=rows, eval_dataset=rows[:4])
 
 
 def values(trainer, key):
     return {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_training_saving_resuming_loading(method, tiny_model, tmp_path):
+@pytest.mark.parametrize("method, kind", [*((m, transformers.Trainer) for m in METHODS), ("lora", Mixed)])
+def test_training_saving_resuming_loading(method, kind, tiny_model, tmp_path):
     torch.manual_seed(0)
     model = pf.get_peft_model(base(tiny_model), METHODS[method])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = trainer_of(model, tmp_path / "run")
+    trainer = trainer_of(model, tmp_path / "run", kind)
     trainer.train()
     losses = values(trainer, "loss")
     assert len(losses) == 6 and all(map(math.isfinite, losses.values())) and losses[6] < losses[1]
@@ -62,7 +62,7 @@ def test_training_saving_resuming_loading(method, tiny_model, tmp_path):
     assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
     torch.manual_seed(1)  # other initial values: the checkpoint's must replace them
     again = pf.get_peft_model(base(tiny_model), METHODS[method])
-    resumed = trainer_of(again, tmp_path / "run")
+    resumed = trainer_of(again, tmp_path / "run", kind)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert values(resumed, "loss") == losses and values(resumed, "eval_loss") == values(trainer, "eval_loss")
     for (name, parameter), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):

@@ -19,6 +19,9 @@ LIBRARY = torch.library.Library("pyfastpeft", "DEF")
 # By op name, where there is one: tests run these without a GPU, on the host executor of tests/emu.
 CUDA_IMPLEMENTATIONS: dict[str, Callable] = {}
 
+# By op: what the dispatcher calls for autograd, `gradient_by`'s way to it.
+_AUTOGRAD_KERNELS: dict[Callable, Callable] = {}
+
 # csrc/common/dtype.h: enum DType
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -43,6 +46,7 @@ def register_op(
     backward: Callable | None = None,
     autocast: Callable | None = None,
     no_gradient: str | None = None,
+    gradient_by: Callable | None = None,
     tags: tuple = (),
 ) -> Callable:
     """Registers `pyfastpeft::<schema>` and returns its OpOverload.
@@ -51,6 +55,9 @@ def register_op(
     fake           shapes and dtypes of the outputs from those of the inputs; no data is read
     setup_context, backward   as in torch.library.register_autograd; tensors among the positional arguments only
     no_gradient    instead of a backward: why there is none; the RuntimeError that backpropagating through it raises says so
+    gradient_by    instead of a backward: an op registered with one, of the same arguments, whose first result is this
+                   op's and whose others are what its backward wants of the forward. It is called instead wherever a
+                   gradient is wanted, so policies, traces and compiled graphs of training show that op
     autocast       called with (dtype, *args, **kwargs) under autocast; returns (args, kwargs) with the casts made
     """
     LIBRARY.define(schema, tags=tags)
@@ -64,6 +71,8 @@ def register_op(
         setup_context, backward = _refuse(name, no_gradient)
     if backward is not None:
         _register_autograd(name, setup_context, backward)
+    if gradient_by is not None:
+        _register_autograd_by(name, _AUTOGRAD_KERNELS[gradient_by])
     base, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.pyfastpeft, base), overload or "default")
     if autocast is not None:
@@ -104,7 +113,10 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
         @staticmethod
         def forward(*args):
             *args, keyset = args
-            return below(keyset, args)
+            if not torch._C._are_functorch_transforms_active():
+                return below(keyset, args)
+            with torch.enable_grad():  # of the next level: a Function's forward runs without
+                return below(keyset, args)
 
         @staticmethod  # apart from forward: torch 2.15 demands it under torch.func
         def setup_context(ctx, inputs, output):
@@ -126,6 +138,19 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
             return apply(*[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args], keyset)
         with enable_single_level_autograd_function():
             return apply(*args, keyset)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    _AUTOGRAD_KERNELS[op] = kernel
+
+
+def _register_autograd_by(name: str, differentiable: Callable) -> None:
+    op = torch._library.utils.lookup_op(f"pyfastpeft::{name}")
+
+    def kernel(keyset, *args):
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            return differentiable(keyset, *args)[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

@@ -35,6 +35,17 @@ def check_grad(op: str, grad_output, x, N: int, K: int, reads_x: bool) -> None:
         )
 
 
+def check_s(op: str, grad_output, s, lora_a) -> None:
+    """The forward's S, where the backward reads it."""
+    expected = (*grad_output.shape[:-1], lora_a.shape[0])
+    if s is None or s.dtype != torch.float32 or tuple(s.shape) != expected or s.device != grad_output.device:
+        got = "None" if s is None else f"{s.dtype} {tuple(s.shape)} on {s.device}"
+        raise ValueError(
+            f"{op}: s is {got}, expected torch.float32 {expected} on {grad_output.device}, as the forward gave it, for the "
+            "gradient of lora_b"
+        )
+
+
 def check_operands(op: str, device, N: int, K: int, bias, lora_a, lora_b, dropout_p: float, seed) -> None:
     """Everything but x and the weight, for real and fake tensors alike."""
     if bias is not None:

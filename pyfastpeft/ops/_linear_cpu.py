@@ -52,16 +52,17 @@ def shrink(x, lora_a, scaling, dropout_p, seed) -> torch.Tensor:
     return _shrink(x, _f32(lora_a), scaling, dropout_p, _key(dropout_p, seed))
 
 
-def add_lora_(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> None:
-    """y [M, N] += scaling · drop(x [M, K]) · Aᵀ · Bᵀ; x and y contiguous."""
+def add_lora_(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
+    """y [M, N] += S · Bᵀ; returns S = scaling · drop(x [M, K]) · Aᵀ, fp32 [M, R]. x and y contiguous."""
     s = shrink(x, lora_a, scaling, dropout_p, seed)
     _expand_(y, s, _f32(lora_b.t()), 0.0, 0)
+    return s
 
 
-def lora_backward_(grad_x, grad, x, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b):
+def lora_backward_(grad_x, grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b):
     """Adds the low-rank part to grad_x (None: not wanted); returns (grad_lora_a, grad_lora_b), None where not wanted.
 
-    grad [M, N] and x [M, K] are contiguous; x is read only for the two gradients.
+    grad [M, N], x [M, K] and the forward's s [M, R] are contiguous; x is read only for A's gradient, s only for B's.
     """
     key = _key(dropout_p, seed)
     a = _f32(lora_a)
@@ -73,6 +74,5 @@ def lora_backward_(grad_x, grad, x, lora_a, lora_b, scaling, dropout_p, seed, ne
         if need_a:
             grad_a = _accumulate(ds, x, dropout_p, key).to(lora_a.dtype)
     if need_b:
-        s = _shrink(x, a, scaling, dropout_p, key)
         grad_b = _accumulate(s, grad, 0.0, 0).t().to(lora_b.dtype).contiguous()
     return grad_a, grad_b

@@ -87,16 +87,20 @@ def accumulate(
     return g
 
 
-def lora_forward(x, bias, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
-    """A new [M, N] of x's dtype: bias + scaling · drop(x [M, K]) · Aᵀ · Bᵀ. The caller adds the base: y.addmm_(x, Wᵀ)."""
-    y = x.new_empty(x.shape[0], lora_b.shape[0])
-    return expand_(y, shrink(x, lora_a, scaling, dropout_p, seed), lora_b.t(), add=False, bias=bias)
+def lora_forward(x, bias, lora_a, lora_b, scaling, dropout_p, seed) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bias + S · Bᵀ, a new [M, N] of x's dtype; S = scaling · drop(x [M, K]) · Aᵀ, fp32 [M, R]).
+
+    The caller adds the base: y.addmm_(x, Wᵀ).
+    """
+    y, s = x.new_empty(x.shape[0], lora_b.shape[0]), shrink(x, lora_a, scaling, dropout_p, seed)
+    return expand_(y, s, lora_b.t(), add=False, bias=bias), s
 
 
-def lora_backward(grad, x, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b):
+def lora_backward(grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b):
     """(the low-rank part of grad_x, grad_lora_a, grad_lora_b), None where not wanted.
 
-    grad [M, N] and x [M, K] contiguous; x is read only for the two gradients. The caller adds grad · W to the first.
+    grad [M, N], x [M, K] and the forward's s [M, R] are contiguous; x is read only for A's gradient, s only for B's. The
+    caller adds grad · W to the first.
     """
     grad_x = grad_a = grad_b = None
     if need_x or need_a:
@@ -107,7 +111,6 @@ def lora_backward(grad, x, lora_a, lora_b, scaling, dropout_p, seed, need_x, nee
         if need_a:
             grad_a = accumulate(ds, x, dropout_p, seed).to(lora_a.dtype)
     if need_b:
-        s = shrink(x, lora_a, scaling, dropout_p, seed)
         grad_b = torch.empty(lora_b.shape, dtype=torch.float32, device=grad.device)
         accumulate(s, grad, out=grad_b.t())
         grad_b = grad_b.to(lora_b.dtype)

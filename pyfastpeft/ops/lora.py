@@ -7,16 +7,19 @@ With S = s·drop(x)·Aᵀ [M, R] the layer is
 and for the incoming dy [M, N], where mask is the same dropout (0 or 1/(1-p)), recomputed from the seed:
 
     dS  = dy·B, dA = s·dSᵀ·drop(x)      [R, K]     since S = s·drop(x)·Aᵀ
-    dB  = dyᵀ·S                         [N, R]     S is recomputed from x, which is read for dA anyway
+    dB  = dyᵀ·S                         [N, R]     S is the forward's, kept: R values a token
     dx  = dy·W + s·(dS·A) ⊙ mask        [M, K]
     dW  = dyᵀ·x,  db = Σ_m dy                      only where they require grad
 
 The base products are torch's own matmul; the low-rank path is added to their results in place (on CUDA they are added to
-it), and nothing of the size of x or y is allocated or saved for it: what the backward keeps is x itself and the
-parameters.
+it), and nothing of the size of x or y is allocated or saved for it: what the backward keeps is x itself, S and the
+parameters. Where a gradient is wanted the op that runs is linear_lora_with_s, which returns S beside y; S has no gradient
+of its own.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -28,6 +31,7 @@ from pyfastpeft.ops._linear import (
     autocasts,
     check_grad,
     check_operands,
+    check_s,
     check_x,
     draw_seed,
 )
@@ -46,42 +50,50 @@ def _check(op, x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
     check_operands(op, x.device, *weight.shape, bias, lora_a, lora_b, dropout_p, seed)
 
 
-def _forward_cpu(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+def _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
     _check("linear_lora", x, weight, bias, lora_a, lora_b, dropout_p, seed)
     check_x("linear_lora", x, *weight.shape)
+
+
+def _shaped(x, y, s) -> tuple[torch.Tensor, torch.Tensor]:
+    return y.view(*x.shape[:-1], y.shape[-1]), s.view(*x.shape[:-1], s.shape[-1])
+
+
+def _forward_cpu(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+    _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed)
     rows = as_rows(x)
     y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _shaped(x, y, add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed))
 
 
 def _forward_cuda(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
-    _check("linear_lora", x, weight, bias, lora_a, lora_b, dropout_p, seed)
-    check_x("linear_lora", x, *weight.shape)
+    _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed)
     rows = as_rows(x)
-    y = _linear_cuda.lora_forward(rows, bias, lora_a, lora_b, scaling, dropout_p, seed)
-    return y.addmm_(rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
+    y, s = _linear_cuda.lora_forward(rows, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    return _shaped(x, y.addmm_(rows, weight.t()), s)
 
 
 def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
-    _check("linear_lora", x, weight, bias, lora_a, lora_b, dropout_p, seed)
-    check_x("linear_lora", x, *weight.shape)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed)
+    s = x.new_empty((*x.shape[:-1], lora_a.shape[0]), dtype=torch.float32)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), s
 
 
-def _check_backward(grad_output, x, weight, lora_a, lora_b, dropout_p, seed, output_mask) -> None:
+def _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask) -> None:
     op = "linear_lora_backward"
     _check(op, grad_output, weight, None, lora_a, lora_b, dropout_p, seed)
-    check_grad(op, grad_output, x, *weight.shape, output_mask[1] or output_mask[3] or output_mask[4])
+    check_grad(op, grad_output, x, *weight.shape, output_mask[1] or output_mask[3])
+    if output_mask[4]:
+        check_s(op, grad_output, s, lora_a)
 
 
-def _backward_with(low_rank, grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
-    """low_rank(grad, rows, need_x, need_a, need_b) gives grad_x whole, and the gradients of A and B."""
-    _check_backward(grad_output, x, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+def _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask):
+    """low_rank(grad, rows, s, need_x, need_a, need_b) gives grad_x whole, and the gradients of A and B."""
+    _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
-    rows = as_rows(x) if need_w or need_a or need_b else None
-    grad_x, grad_a, grad_b = low_rank(grad, rows, need_x, need_a, need_b)
+    rows, s = as_rows(x) if need_w or need_a else None, as_rows(s) if need_b else None
+    grad_x, grad_a, grad_b = low_rank(grad, rows, s, need_x, need_a, need_b)
     return (
         grad_x.view(*grad_output.shape[:-1], weight.shape[1]) if need_x else empty(0),
         torch.mm(grad.t(), rows) if need_w else empty(0),
@@ -91,24 +103,24 @@ def _backward_with(low_rank, grad_output, x, weight, lora_a, lora_b, scaling, dr
     )
 
 
-def _backward_cpu(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
-    def low_rank(grad, rows, need_x, need_a, need_b):
+def _backward_cpu(grad_output, x, s, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+    def low_rank(grad, rows, s, need_x, *needs):
         grad_x = torch.mm(grad, weight) if need_x else None
-        return grad_x, *lora_backward_(grad_x, grad, rows, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b)
+        return grad_x, *lora_backward_(grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, *needs)
 
-    return _backward_with(low_rank, grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask)
+    return _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
-def _backward_cuda(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
-    def low_rank(grad, rows, *needs):
-        grad_x, *grads = _linear_cuda.lora_backward(grad, rows, lora_a, lora_b, scaling, dropout_p, seed, *needs)
+def _backward_cuda(grad_output, x, s, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+    def low_rank(grad, rows, s, *needs):
+        grad_x, *grads = _linear_cuda.lora_backward(grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, *needs)
         return None if grad_x is None else grad_x.addmm_(grad, weight), *grads
 
-    return _backward_with(low_rank, grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask)
+    return _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
-def _backward_fake(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
-    _check_backward(grad_output, x, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+def _backward_fake(grad_output, x, s, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+    _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     return (
         grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]) if need_x else (0,)),
@@ -121,16 +133,21 @@ def _backward_fake(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, s
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed = inputs
+    _, s = output
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
     ctx.bias_dtype = None if bias is None else bias.dtype
     need = ctx.needs_input_grad
-    ctx.save_for_backward(x if need[1] or need[3] or need[4] else None, weight, lora_a, lora_b, seed)
+    ctx.save_for_backward(x if need[1] or need[3] else None, s if need[4] else None, weight, lora_a, lora_b, seed)
 
 
-def _backward(ctx, grad_output):
-    x, weight, lora_a, lora_b, seed = ctx.saved_tensors
+def _backward(ctx, grad_output, _):
+    if grad_output is None:  # nothing depends on y
+        return (None,) * 8
+    x, s, weight, lora_a, lora_b, seed = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:5])
     x = grad_output if x is None else x  # not read then
-    grads = _backward_op(grad_output, x, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, mask)
+    grads = _backward_op(grad_output, x, s, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, mask)
     grads = [g if need else None for g, need in zip(grads, mask, strict=True)]
     if mask[2]:
         grads[2] = grads[2].to(ctx.bias_dtype)
@@ -144,16 +161,17 @@ def _autocast(dtype, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
 
 
 _backward_op = register_op(
-    f"linear_lora_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, {LORA_SCHEMA}, "
-    "bool[5] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, "
+    "linear_lora_backward(Tensor grad_output, Tensor x, Tensor? s, Tensor weight, Tensor lora_a, Tensor lora_b, "
+    f"{LORA_SCHEMA}, bool[5] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, "
     "Tensor grad_lora_b)",
     cpu=_backward_cpu,
     cuda=_backward_cuda,
     fake=_backward_fake,
     no_gradient="second derivatives of linear_lora are not implemented; detach what should not be differentiated twice",
 )
-_op = register_op(
-    f"linear_lora(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, {LORA_SCHEMA}) -> Tensor",
+_ARGUMENTS = f"(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, {LORA_SCHEMA})"
+_op_with_s = register_op(
+    f"linear_lora_with_s{_ARGUMENTS} -> (Tensor y, Tensor s)",
     cpu=_forward_cpu,
     cuda=_forward_cuda,
     fake=_forward_fake,
@@ -161,15 +179,26 @@ _op = register_op(
     backward=_backward,
     autocast=_autocast,
 )
+_op = register_op(
+    f"linear_lora{_ARGUMENTS} -> Tensor",
+    cpu=lambda *args: _forward_cpu(*args)[0],
+    cuda=lambda *args: _forward_cuda(*args)[0],
+    fake=lambda *args: _forward_fake(*args)[0],
+    gradient_by=_op_with_s,
+    autocast=_autocast,
+)
 
 
-def _vmap(info, in_dims, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
-    if dropout_p == 0 and not any(isinstance(dim, int) for dim in in_dims[1:]):  # the batch is one more token dimension
-        return _op(x.movedim(in_dims[0], 0), weight, bias, lora_a, lora_b, scaling, dropout_p, seed), 0
-    return vmap_by_loop(_op, info, in_dims, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+def _vmap(op, info, in_dims, *args):
+    x, *rest = args
+    if rest[-2] == 0 and not any(isinstance(dim, int) for dim in in_dims[1:]):  # the batch is one more token dimension
+        result = op(x.movedim(in_dims[0], 0), *rest)
+        return result, (0, 0) if isinstance(result, tuple) else 0
+    return vmap_by_loop(op, info, in_dims, *args)
 
 
-register_vmap(_op, _vmap)
+for _each in (_op, _op_with_s):
+    register_vmap(_each, functools.partial(_vmap, _each))
 register_vmap(_backward_op)
 
 

@@ -235,7 +235,8 @@ def _backward_cpu(
             _matmul_backward(_Weight(*flat, N, K), grad, grad_x)
     if lora_a is not None:
         rows = as_rows(x) if need_a or need_b else None
-        grad_a, grad_b = lora_backward_(grad_x, grad, rows, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b)
+        s = shrink(rows, lora_a, scaling, dropout_p, seed) if need_b else None
+        grad_a, grad_b = lora_backward_(grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b)
     return (
         grad_x.view(*grad_output.shape[:-1], K) if need_x else empty(0),
         grad.sum(0, dtype=torch.float32) if need_bias else empty(0, dtype=torch.float32),

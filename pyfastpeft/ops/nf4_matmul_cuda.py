@@ -191,7 +191,7 @@ def _dense(w: Weight, x, bias, lora_a, lora_b, scaling, dropout_p, seed) -> torc
     dense = w.dequantise(x.dtype)
     if lora_a is None:
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    y = _linear_cuda.lora_forward(x, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    y, _ = _linear_cuda.lora_forward(x, bias, lora_a, lora_b, scaling, dropout_p, seed)
     return y.addmm_(x, dense.t())
 
 
@@ -204,8 +204,9 @@ def backward(w: Weight, grad, x, lora_a, lora_b, scaling, dropout_p, seed, outpu
     need_x, need_bias, need_a, need_b = output_mask
     grad_x = grad_a = grad_b = None
     if lora_a is not None:
+        s = _linear_cuda.shrink(x, lora_a, scaling, dropout_p, seed) if need_b else None
         grad_x, grad_a, grad_b = _linear_cuda.lora_backward(
-            grad, x, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b
+            grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b
         )
     if need_x:
         dense = w.dequantise(grad.dtype)

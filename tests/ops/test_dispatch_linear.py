@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from linear_cases import inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import pyfastpeft as pf
@@ -43,7 +44,9 @@ def test_opcheck(kind, p, dtype):
     torch.library.opcheck(op, arguments)
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
     if kind == "lora":
-        weightless = (detached[0], detached[1], *detached[3:])
+        torch.library.opcheck(torch.ops.pyfastpeft.linear_lora_with_s, arguments)
+        _, s = torch.ops.pyfastpeft.linear_lora_with_s(*detached)
+        weightless = (detached[0], s, detached[1], *detached[3:])
         mask = [True] * 5
     else:
         weightless = (*detached[:10], *detached[11:])
@@ -111,7 +114,7 @@ def test_checkpointing_replays_the_mask(kind, use_reentrant):
 @pytest.mark.parametrize("kind", KINDS)
 def test_selective_checkpointing_sees_the_op(kind):
     layer, tensors, grad = _layer(kind)
-    op = getattr(torch.ops.pyfastpeft, f"linear_{kind}").default
+    op = getattr(torch.ops.pyfastpeft, f"linear_{kind}" + ("_with_s" if kind == "lora" else "")).default
     seen = []
 
     def policy(ctx, func, *args, **kwargs):
@@ -129,6 +132,59 @@ def test_selective_checkpointing_sees_the_op(kind):
     assert (op, False) in seen
     got = torch.autograd.grad(y, tensors, grad)
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+class _Seen(TorchDispatchMode):
+    """The names of this library's ops that reach it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pyfastpeft":
+            self.names.append(func._schema.name.removeprefix("pyfastpeft::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_s_is_asked_for_only_where_a_gradient_is():
+    layer, tensors, grad = _layer("lora")
+    with _Seen() as seen:
+        with torch.no_grad():
+            quiet = layer(*tensors)
+        frozen = layer(*(t.detach() for t in tensors))
+        assert seen.names == ["linear_lora"] * 2
+        y = layer(*tensors)
+        torch.autograd.grad(y, tensors, grad)
+        assert seen.names[2:] == ["linear_lora_with_s", "linear_lora_backward"]
+    assert torch.equal(y, quiet) and torch.equal(y, frozen)
+
+
+def test_s_has_no_gradient():
+    layer, tensors, _ = _layer("lora")
+    x, bias, a, b = tensors
+    y, s = torch.ops.pyfastpeft.linear_lora_with_s(x, torch.randn(10, 36), bias, a, b, 0.5, 0.0, None)
+    assert y.requires_grad and not s.requires_grad
+    torch.testing.assert_close(s, 0.5 * x.detach() @ a.detach().t())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_through_two_levels(kind):
+    """The inner level's result is differentiated by the outer one, which must find a gradient there."""
+    layer, tensors, grad = _layer(kind)
+    x, *rest = (t.detach() for t in tensors)
+
+    def inner(scale, x):
+        return (layer(x * scale, *rest) * grad).sum()
+
+    def value(x):
+        return torch.func.grad_and_value(inner)(torch.ones(()), x)[1]
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(leaf, *rest), leaf, grad)
+    torch.testing.assert_close(torch.func.grad(value)(x), expected)
+    value(leaf).backward()  # and so must autograd itself
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

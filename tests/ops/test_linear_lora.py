@@ -353,14 +353,20 @@ def test_any_shape(M, N, K, R, p):
 # ---- what it keeps and allocates -------------------------------------------------------------------------------------
 
 
-def test_saves_the_input_and_parameters_alone():
+def test_saves_the_input_s_and_parameters_alone():
     x, weight, bias, a, b, _ = inputs((50, 20, 30, 4), torch.bfloat16)
     x, a, b = x.requires_grad_(), a.requires_grad_(), b.requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         pf.ops.linear_lora(x, weight, bias, a, b, 1.0, 0.1)
-        assert {t.data_ptr() for t in saved if t.dim() == 2} == {t.data_ptr() for t in (x, weight, a, b)}
-        assert sum(t.dim() != 2 for t in saved) == 1  # the seed
+        own = {t.data_ptr() for t in (x, weight, a, b)}
+        assert own < {t.data_ptr() for t in saved}
+        others = [t for t in saved if t.data_ptr() not in own]
+        assert sorted((t.dtype, tuple(t.shape)) for t in others if t.dim() == 2) == [(torch.float32, (50, 4))]  # S
+        assert sum(t.dim() != 2 for t in others) == 1  # the seed
+        saved.clear()
+        pf.ops.linear_lora(x, weight, bias, a.detach(), b, 1.0, 0.1)  # B alone wants S, and not x
+        assert x.data_ptr() not in {t.data_ptr() for t in saved} and any(t.shape == (50, 4) for t in saved)
         saved.clear()
         pf.ops.linear_lora(x, weight, bias, a.detach(), b.detach(), 1.0, 0.1)  # a frozen adapter keeps no activation
         assert x.data_ptr() not in {t.data_ptr() for t in saved}
@@ -427,10 +433,14 @@ def test_bad_input_of_the_flat_ops():
     with pytest.raises(ValueError, match="dropout_p is 0.5 but seed is None"):
         torch.ops.pyfastpeft.linear_lora(x, weight, None, a, b, 1.0, 0.5, None)
     backward = torch.ops.pyfastpeft.linear_lora_backward
+    s = torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"grad_output has shape \(2, 4\), expected \[..., 3\]"):
-        backward(torch.ones(2, 4), x, weight, a, b, 1.0, 0.0, None, [True] * 5)
+        backward(torch.ones(2, 4), x, s, weight, a, b, 1.0, 0.0, None, [True] * 5)
     with pytest.raises(ValueError, match=r"x is torch.float32 \(3, 5\) on cpu, expected torch.float32 \(2, 5\)"):
-        backward(torch.ones(2, 3), torch.ones(3, 5), weight, a, b, 1.0, 0.0, None, [True] * 5)
+        backward(torch.ones(2, 3), torch.ones(3, 5), s, weight, a, b, 1.0, 0.0, None, [True] * 5)
+    for wrong, got in ((None, "None"), (s[:1], r"torch.float32 \(1, 2\) on cpu"), (s.half(), "torch.float16")):
+        with pytest.raises(ValueError, match=rf"s is {got}.*, expected torch.float32 \(2, 2\) on cpu"):
+            backward(torch.ones(2, 3), x, wrong, weight, a, b, 1.0, 0.0, None, [True] * 5)
     with pytest.raises(ValueError, match="lora_shrink: a has 4 values, expected 2 x 5"):
         _C.lora_shrink_cpu(x.data_ptr(), 10, 0, 2, 5, a.data_ptr(), 4, 2, 1.0, 0.0, 0, b.data_ptr(), 4)
     with pytest.raises(ValueError, match="x has no memory"):

@@ -1,4 +1,4 @@
-"""linear_4bit beside bitsandbytes (its inference and its training path) and torch's dense layer, over tokens.
+"""linear_4bit beside bitsandbytes (its inference and its training path), torchao and torch's dense layer, over tokens.
 
 "bitsandbytes" dequantises the whole weight, then multiplies: what its Linear4bit does while training. "bitsandbytes eval"
 is Linear4bit in eval mode, which on a CPU with AVX-512 BF16 repacks the weight in place (a copy of its own here) and is
@@ -13,6 +13,8 @@ from torch.nn.functional import linear
 
 import pyfastpeft as pf
 
+from .torchao_nf4 import torchao_nf4
+
 SHAPES = ((4096, 4096), (14336, 4096))  # N, K; the second's packed bytes do not fit most caches
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 LORA_TOKENS = (1, 16, 512)
@@ -21,7 +23,7 @@ EVAL_TOKENS = 128
 
 
 def run(suite) -> None:
-    bnb = suite.peer("bitsandbytes")
+    bnb, torchao = suite.peer("bitsandbytes"), torchao_nf4(suite)
     for N, K in suite.pick(SHAPES, SHAPES[:1]):
         weight = torch.randn(N, K) * 0.02
         for dtype in suite.pick((torch.bfloat16, torch.float32), (torch.bfloat16,)):
@@ -29,8 +31,10 @@ def run(suite) -> None:
             q = pf.ops.quantize_4bit(dense, 64, double_quant=True)
             truth = pf.ops.dequantize_4bit(q, dtype=torch.float32)
             theirs, eval_layer = (None, None) if bnb is None else (_training_path(bnb, dense), _eval_layer(bnb, dense))
+            ao_weight = None if torchao is None or dtype != torch.bfloat16 else torchao.to_nf4(dense, 64)
+            ao = ao_weight is not None and (lambda x, weight=ao_weight: torchao.linear_nf4(x, weight))
             for M in suite.pick(TOKENS if N == K else (1, 16, 512), (1, 16, 128, 512)):
-                _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer)
+                _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer, ao or None)
             for M in suite.pick(LORA_TOKENS, ()):
                 _lora_rows(suite, M, dtype, dense, q, theirs, eval_layer)
 
@@ -56,7 +60,7 @@ def _lora_rows(suite, M, dtype, dense, q, theirs, eval_layer) -> None:
         )  # fmt: skip
 
 
-def _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer) -> None:
+def _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer, torchao) -> None:
     N, K = dense.shape
     x, grad = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
     name = f"{'' if N == K else f'{N} x {K} '}M {M} {str(dtype).removeprefix('torch.')}"
@@ -78,6 +82,7 @@ def _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer) -> None:
                 "ours": lambda: pf.ops.linear_4bit(x, q),
                 "bitsandbytes": theirs and (lambda: theirs(x)),
                 _eval_name(dtype): (lambda: eval_layer(x)) if eval_layer and M <= EVAL_TOKENS else None,
+                "torchao": torchao and (lambda: torchao(x)),
                 "dense": lambda: linear(x, dense),
             },
             moved_bytes=q.nbytes + x.nbytes + grad.nbytes, flops=flops, dtype=dtype, check=check, M=M, N=N, K=K,
@@ -94,6 +99,7 @@ def _rows(suite, M, dtype, dense, q, truth, theirs, eval_layer) -> None:
         {
             "ours": lambda: step(lambda t: pf.ops.linear_4bit(t, q)),
             "bitsandbytes": theirs and (lambda: step(theirs)),
+            "torchao": torchao and (lambda: step(torchao)),
             "dense": lambda: step(lambda t: linear(t, dense)),
         },
         flops=2 * flops, dtype=dtype, M=M, N=N, K=K,

@@ -1,4 +1,4 @@
-"""4-bit dequantisation to bf16, plain and nested, into a given and into a new tensor, beside bitsandbytes."""
+"""4-bit dequantisation to bf16, plain and nested, into a given and into a new tensor, beside bitsandbytes and torchao."""
 
 import ctypes
 
@@ -6,13 +6,15 @@ import torch
 
 import pyfastpeft as pf
 
+from .torchao_nf4 import torchao_nf4
+
 BLOCKSIZE = 64
 # the first stays in many a last-level cache, the second does not
 SHAPES = [(4096, 4096), (4096, 14336)]
 
 
 def run(suite) -> None:
-    bnb = suite.peer("bitsandbytes")
+    bnb, torchao = suite.peer("bitsandbytes"), torchao_nf4(suite)
     for N, K in suite.pick(SHAPES, SHAPES[:1]):
         weight = (torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
         out = torch.empty_like(weight)
@@ -49,9 +51,12 @@ def run(suite) -> None:
                 if theirs is not None:
                     assert torch.equal(pf.ops.dequantize_4bit(q), theirs()), "values differ from bitsandbytes'"
 
+            candidates = {"ours": lambda q=q: pf.ops.dequantize_4bit(q), "bitsandbytes": theirs}
+            if torchao is not None and q.is_nested:  # it has no other
+                candidates["torchao"] = torchao.to_nf4(weight, BLOCKSIZE).get_original_weight
             suite.compare(
                 f"{N}x{K} {'nested ' if q.is_nested else ''}into a new tensor",
-                {"ours": lambda q=q: pf.ops.dequantize_4bit(q), "bitsandbytes": theirs},
+                candidates,
                 moved_bytes=q.nbytes + out.nbytes,
                 check=check_new,
                 N=N,

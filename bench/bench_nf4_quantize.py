@@ -1,14 +1,16 @@
-"""4-bit quantisation in blocks of 64, beside bitsandbytes."""
+"""4-bit quantisation in blocks of 64, beside bitsandbytes and (NF4, always double) torchao."""
 
 import torch
 
 import pyfastpeft as pf
 
+from .torchao_nf4 import torchao_nf4
+
 BLOCKSIZE = 64
 
 
 def run(suite) -> None:
-    bnb = suite.peer("bitsandbytes")
+    bnb, torchao = suite.peer("bitsandbytes"), torchao_nf4(suite)
     dtypes = suite.pick((torch.bfloat16, torch.float16, torch.float32), (torch.bfloat16,))
     kinds = suite.pick((("nf4", False), ("nf4", True), ("fp4", False)), (("nf4", False), ("nf4", True)))
     N, K = suite.pick((4096, 4096), (2048, 2048))
@@ -29,7 +31,10 @@ def run(suite) -> None:
                     assert torch.equal(ours().packed, theirs()[0]), "the bytes differ from bitsandbytes'"
 
             name = f"{N}x{K} {str(dtype).removeprefix('torch.')} {quant_type}{' double' if nested else ''}"
+            candidates = {"ours": ours, "bitsandbytes": theirs if bnb else None}
+            if torchao is not None and dtype == torch.bfloat16 and (quant_type, nested) == ("nf4", True):
+                candidates["torchao"] = lambda weight=weight: torchao.to_nf4(weight, BLOCKSIZE)
             suite.compare(
-                name, {"ours": ours, "bitsandbytes": theirs if bnb else None}, check=check, N=N, K=K,
+                name, candidates, check=check, N=N, K=K,
                 moved_bytes=weight.nbytes + weight.numel() // 2 + 4 * weight.numel() // BLOCKSIZE,
             )  # fmt: skip

@@ -1,6 +1,6 @@
 // (IA)³ scaling on the CPU: cuts [M, D] into tiles, hands them to threads, and adds up the column sums.
 //
-// Bytes moved: forward x + y, backward grad_y + x + grad_x; the partial sums add 4 bytes per 128 rows.
+// Bytes moved: forward x + y, backward grad_y + x + grad_x; the partial sums add 4 bytes per 64 rows.
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -12,7 +12,7 @@
 namespace pyfastpeft {
 namespace {
 
-constexpr std::int64_t kTileRows = 128, kTileColumns = 1024;
+constexpr std::int64_t kTileRows = 64, kTileColumns = 16384;
 constexpr std::int64_t kGrain = 1 << 15;      // values per thread at least
 constexpr std::int64_t kNarrowColumns = 512;  // contiguous rows are joined up to about this many columns
 

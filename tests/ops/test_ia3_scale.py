@@ -22,6 +22,9 @@ SHAPES = [
     (3, 129, 64),
     (2, 3, 1025),
     (300, 2050),
+    (7, 4099),  # rows by fours
+    (130, 4096),
+    (2, 17001),  # tiles beside one another
 ]
 
 

@@ -223,6 +223,34 @@ def test_a_tie_between_two_codes_goes_to_the_lower():
     assert codes.tolist() == [*range(255), 255]
 
 
+# The search starts from buckets of values: maps whose levels crowd into one of them, lie beyond 1 or are all the same.
+MAPS = {
+    "dynamic": reference.dynamic_map(),
+    "evenly spaced": torch.linspace(-1, 1, 256),
+    "crowded": torch.cat([torch.linspace(-0.9, -0.2, 56), torch.linspace(0.5, 0.501, 200)]),
+    "tiny and huge": torch.cat([torch.linspace(-1e-30, 1e-30, 128), torch.logspace(-8, 8, 128)]),
+    "constant": torch.full((256,), 0.25),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_codes_count_the_midpoints_below_in_any_ascending_map(name):
+    levels = MAPS[name].contiguous()
+    midpoints = (levels[:-1] + levels[1:]) * 0.5
+    infinity = torch.full((), float("inf"))
+    x = torch.cat([midpoints, torch.nextafter(midpoints, infinity), torch.nextafter(midpoints, -infinity)])
+    x = torch.cat([x, torch.randn(200) * 0.3, torch.tensor([0.0, -0.0, 1e-45, -1e-45])]).clamp(-1, 1)
+    x = torch.cat([x, -torch.ones(-x.numel() % 255)]).reshape(-1, 255)
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)  # the scale of every nested block is 1
+    codes, nested_absmax = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
+    bad = _C.nf4_quantize_absmax_cpu(
+        x.data_ptr(), x.numel(), 0.0, levels.data_ptr(), 256, codes.data_ptr(), codes.numel(),
+        nested_absmax.data_ptr(), len(x),
+    )  # fmt: skip
+    assert bad == -1
+    assert torch.equal(codes.long(), (midpoints < x[..., None]).sum(-1))
+
+
 def test_equal_blocks_decode_exactly():
     for value in (0.25, 0.3):  # 0.3's mean is rounded: d is not zero there
         q = pf.ops.quantize_4bit(torch.full((512, 64), value), double_quant=True)

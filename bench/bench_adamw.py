@@ -1,7 +1,10 @@
-"""AdamW steps: pyfastpeft (fp32 and 8-bit state) beside torch fused, torch foreach and bitsandbytes, on fp32 parameters.
+"""AdamW steps: pyfastpeft (fp32 and 8-bit state) beside torch fused, torch foreach, bitsandbytes and torchao, on fp32
+parameters.
 
 One row per list of tensors; every candidate steps its own parameters with the same gradients.
 """
+
+import importlib
 
 import torch
 
@@ -17,6 +20,7 @@ SMALLEST_8BIT = 4096  # smaller tensors keep fp32 state
 
 def run(suite) -> None:
     bnb = suite.peer("bitsandbytes")
+    torchao = None if suite.quick else suite.peer("torchao")  # it compiles its step first, for 20 s
     for row, shapes in suite.pick(list(SHAPES.items()), list(SHAPES.items())[::2]):
         values = sum(torch.Size(s).numel() for s in shapes)
         fused = {"torch fused": lambda ps: torch.optim.AdamW(ps, fused=True)}
@@ -26,6 +30,8 @@ def run(suite) -> None:
             builders = {"ours 8-bit": lambda ps: pf.optim.AdamW(ps, state_bits=8), **fused}
             if bnb is not None:
                 builders["bitsandbytes 8-bit"] = bnb.optim.AdamW8bit
+            if torchao is not None:
+                builders["torchao 8-bit"] = importlib.import_module("torchao.optim").AdamW8bit
             rows.append((f"{row}, 8-bit state", builders, 16 * values + values // 16))
         for name, builders, moved in rows:
             optimizers = {candidate: build(parameters(shapes)) for candidate, build in builders.items()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from pyfastpeft.ops._library import DTYPE_CODES
 from pyfastpeft.ops.adamw import adamw_, standard_maps
-from pyfastpeft.optim.adamw_plan import Plan, make_plan
+from pyfastpeft.optim.adamw_plan import Plan, make_plan, run_plans
 from pyfastpeft.optim.adamw_state import state_for
+from pyfastpeft.optim.in_backward import Steps
 from pyfastpeft.optim.loading import LoadsStates
 from pyfastpeft.reference.adamw import BLOCK
 
@@ -40,7 +41,7 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-class AdamW(LoadsStates, torch.optim.Optimizer):
+class AdamW(LoadsStates, Steps, torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) in one kernel call per group, with fp32 or 8-bit state.
 
     m ← β1 m + (1 - β1) g;  v ← β2 v + (1 - β2) g²;  p ← (1 - lr·λ) p - lr · m̂ / (sqrt(v̂) + eps)
@@ -119,23 +120,8 @@ class AdamW(LoadsStates, torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for number, group in enumerate(self.param_groups):
-            self._step_group(number, group)
-        return loss
-
-    def _step_group(self, number: int, group: dict[str, Any]) -> None:
-        plan = self._plans.pop(number, None)
-        if plan is None or not plan.run(group, self.state, lambda device: self._scalars(group, device)):
-            plan = self._step_and_plan(number, group)
-        if plan is not None:
-            self._plans[number] = plan
+    def _step_groups(self, groups: Sequence[dict[str, Any]], plans: dict) -> None:
+        run_plans(plans, groups, self.state, self._step_and_plan, self._scalars)
 
     def _scalars(self, group: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The options of a call on `device`, but for the state's."""

@@ -12,7 +12,7 @@ a new one.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -108,6 +108,24 @@ class Plan:
         for call, each in zip(self.calls, tables, strict=True):
             call.launch(each, scalars(call.params[0].device))
         return True
+
+
+def run_plans(
+    plans: dict[int, Plan],
+    groups: Sequence[dict[str, Any]],
+    state: Mapping,
+    step_and_plan: Callable[[int, dict[str, Any]], Plan | None],
+    scalars: Callable[[dict[str, Any], torch.device], Any],
+) -> None:
+    """Steps the groups by their plans of the last time, where those still fit, and the long way where not."""
+    for number, group in enumerate(groups):
+        if not group["params"]:
+            continue
+        plan = plans.pop(number, None)
+        if plan is None or not plan.run(group, state, lambda device, group=group: scalars(group, device)):
+            plan = step_and_plan(number, group)
+        if plan is not None:
+            plans[number] = plan
 
 
 def somebody_listens() -> bool:

@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ _MANY = 8  # pages in a call that are worth all threads
 
 class PagedOptimizer:
     """Beside a torch.optim.Optimizer in the bases of a class: its state lives in pages.
+
+    A SpillError from step() (the disk failed) leaves every page either stepped or not; calling it again with the same
+    gradients steps the others.
 
     A subclass says what state a parameter has (`_fields`, `_first_values`), which of them share a call (`_call`) and how
     a page is stepped (`_launch`).
@@ -66,11 +69,15 @@ class PagedOptimizer:
 
     def _no_pages(self) -> None:
         self._spaces: dict[torch.device, PageSpace] = {}
-        self._plan: StepPlan | None = None
+        self._plans: dict[Any, Any] = {}
         self._done: set[tuple[PageSpace, int]] = set()  # pages of a step that failed on its way
         self._kept_options: list[dict[str, Any]] = []
         self._computed: list[tuple[int, int, int, int]] | None = None
         self._pace = Pace()
+        # of steps inside backward: whether one is under way, the pages visited so far, and in which order the last one did
+        self._in_bucket = False
+        self._visited: dict[PageSpace, dict[int, None]] = {}
+        self._cycles: dict[PageSpace, list[int]] = {}
 
     @property
     def pages(self) -> list[PagedMemory | DevicePages]:
@@ -106,28 +113,31 @@ class PagedOptimizer:
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns what `closure`, if given, returns.
-
-        A SpillError (the disk failed) leaves every page either stepped or not; calling step() again with the same
-        gradients steps the others.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        plan, self._plan = self._plan, None
-        if plan is None or not plan.fits(self.param_groups, self.state):
-            plan = self._make_plan()
+    def _step_groups(self, groups: Sequence[dict[str, Any]], plans: dict) -> None:
+        plan = plans.pop("plan", None)
+        if plan is None or not plan.fits(groups, self.state):
+            plan = self._make_plan(groups)
         self._run(plan)
-        self._plan = plan
-        return loss
+        plans["plan"] = plan
 
-    def _make_plan(self) -> StepPlan:
-        self._new_states()
+    def _step_bucket(self, groups: Sequence[dict[str, Any]], plans: dict) -> None:
+        self._in_bucket = True
+        try:
+            self._step_groups(groups, plans)
+        finally:
+            self._in_bucket = False
+
+    def _end_of_buckets(self) -> None:
+        """The pages' order in backward, for reading ahead in the next one."""
+        for space, pages in self._visited.items():
+            if list(pages) != self._cycles.get(space):
+                self._cycles[space] = list(pages)
+        self._visited = {}
+
+    def _make_plan(self, groups: Sequence[dict[str, Any]]) -> StepPlan:
+        self._new_states(groups)
         calls: dict[tuple, Call] = {}
-        for number, group in enumerate(self.param_groups):
+        for number, group in enumerate(groups):
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -160,12 +170,12 @@ class PagedOptimizer:
                 call.params.append(p)
                 call.states.append(state)
                 call.grads.append(grad)
-        return StepPlan(self.param_groups, list(calls.values()))
+        return StepPlan(groups, list(calls.values()))
 
-    def _new_states(self) -> None:
+    def _new_states(self, groups: Sequence[dict[str, Any]]) -> None:
         """States for parameters that have their first gradient; an error changes nothing."""
         new = []
-        for number, group in enumerate(self.param_groups):
+        for number, group in enumerate(groups):
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -218,13 +228,20 @@ class PagedOptimizer:
         done = self._done
         try:
             for space, order, visits in plan.passes:
-                space.memory.set_order(order)
+                self._set_order(space, order)
                 left = [visit for visit in visits if (space, visit[0]) not in done] if done else visits
                 self._pass(space, left, options)
         except BaseException:
             self._kept_options = options
             raise
         done.clear()
+
+    def _set_order(self, space: PageSpace, order: list[int]) -> None:
+        if self._in_bucket:
+            self._visited.setdefault(space, {}).update(dict.fromkeys(order))
+            order = self._cycles.get(space)
+        if order is not None:
+            space.memory.set_order(order)
 
     def _pass(self, space: PageSpace, visits: list, options: list) -> None:
         """Steps the pages in order: as many at once as are in memory, the others one by one as they arrive."""
@@ -314,7 +331,7 @@ class PagedOptimizer:
                 self.state[p] = self._paged(p, groups[p], values) if values and p in groups else values
             return
         super().__setstate__(state)
-        self._plan = None
+        self._plans = {}
         self._done.clear()
 
     # ---- what one can look at ----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,9 @@ class PagedAdamW(PagedOptimizer, AdamW):
         self._device_tables: dict[tuple[int, int], tuple] = {}
         super().__init__(params, lr, betas, eps, weight_decay, state_bits, **options)
 
-    def _make_plan(self) -> StepPlan:
+    def _make_plan(self, groups: Sequence[dict[str, Any]]) -> StepPlan:
         self._device_tables = {}  # they are of the former plan's pages
-        return super()._make_plan()
+        return super()._make_plan(groups)
 
     def _fields(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[tuple[Field, ...], dict[str, Any]]:
         bits8 = self._is_8bit(p, group)

@@ -8,7 +8,7 @@ multiply-add behind `alpha=`): then paged and unpaged steps give the same bits.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ import torch
 from pyfastpeft._native import _C
 from pyfastpeft.ops import adamw as op
 from pyfastpeft.ops._library import DTYPE_CODES
-from pyfastpeft.optim.adamw_plan import Part, Plan, are_plain, somebody_listens
+from pyfastpeft.optim.adamw_plan import Part, Plan, are_plain, run_plans, somebody_listens
 from pyfastpeft.optim.device_pages import DevicePages
+from pyfastpeft.optim.in_backward import Steps
 from pyfastpeft.optim.loading import LoadsStates
 from pyfastpeft.optim.page_space import STEP, Field, PagedState, Piece
 from pyfastpeft.optim.paged import PagedOptimizer
@@ -93,7 +94,7 @@ class _NativeCall:
         torch.autograd.graph.increment_version(self.params)
 
 
-class Rule(LoadsStates, torch.optim.Optimizer):
+class Rule(LoadsStates, Steps, torch.optim.Optimizer):
     """A subclass has `state_keys` (one fp32 tensor like the parameter), `_check_options`, `update` and `_scalars`."""
 
     state_keys: tuple[str, ...] = ()
@@ -128,22 +129,10 @@ class Rule(LoadsStates, torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; returns what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for number, group in enumerate(self.param_groups):
-            plan = self._plans.pop(number, None)
-            if plan is None or not plan.run(group, self.state, lambda _, group=group: self._scalars(group)):
-                plan = self._step_and_plan(group)
-            if plan is not None:
-                self._plans[number] = plan
-        return loss
+    def _step_groups(self, groups: Sequence[dict[str, Any]], plans: dict) -> None:
+        run_plans(plans, groups, self.state, self._step_and_plan, lambda group, _: self._scalars(group))
 
-    def _step_and_plan(self, group: dict[str, Any]) -> Plan | None:
+    def _step_and_plan(self, _: int, group: dict[str, Any]) -> Plan | None:
         """The step from the group's parameters as they are; the plan for the next, where compiled code takes all of them."""
         call, others, listened = _NativeCall(self.state_keys[0]), [], somebody_listens()
         for p in group["params"]:

@@ -11,7 +11,17 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
-def train(tiny_model, tmp_path, *, quantise, optimizers=(None, None), rank=4, trainer=None, **arguments):
+def train(
+    tiny_model,
+    tmp_path,
+    *,
+    quantise,
+    optimizers=(None, None),
+    rank=4,
+    trainer=None,
+    cls=transformers.Trainer,
+    **arguments,
+):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     if quantise:
         pf.quantize_model(model, compute_dtype=torch.float32)
@@ -35,9 +45,7 @@ def train(tiny_model, tmp_path, *, quantise, optimizers=(None, None), rank=4, tr
         disable_tqdm=True,
         **({"save_strategy": "no"} | arguments),
     )
-    trainer = transformers.Trainer(
-        model=model, args=settings, train_dataset=rows, optimizers=optimizers, **(trainer or {})
-    )
+    trainer = cls(model=model, args=settings, train_dataset=rows, optimizers=optimizers, **(trainer or {}))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -106,3 +114,25 @@ def test_a_paged_optimizer(tiny_model, tmp_path):
     assert losses[0] == losses[1] == losses[2]
     report = made[0].memory_report()
     assert report["spilled_bytes"] > report["resident_bytes"] > 0 and "run" in os.listdir(tmp_path)
+
+
+def test_steps_inside_backward(tiny_model, tmp_path):
+    def optimizer(model):
+        return pf.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+
+    def inside(model):
+        made = optimizer(model)
+        made.step_in_backward()
+        return made
+
+    class NoNorm(transformers.Trainer):
+        def _get_grad_norm(self, model, grad_norm=None):
+            return grad_norm
+
+    plain, losses = train(tiny_model, tmp_path, quantise=False, optimizers=(optimizer, None), max_grad_norm=0)
+    model, same = train(tiny_model, tmp_path, quantise=False, optimizers=(inside, None), max_grad_norm=0, cls=NoNorm)
+    assert losses == same
+    assert all(map(torch.equal, plain.parameters(), model.parameters()))
+    for refused in ({}, {"max_grad_norm": 0, "gradient_accumulation_steps": 2}):
+        with pytest.raises(pf.optim.GradientsReleasedError):
+            train(tiny_model, tmp_path, quantise=False, optimizers=(inside, None), cls=NoNorm, **refused)

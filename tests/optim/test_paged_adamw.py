@@ -481,7 +481,7 @@ def test_unusable_options(tmp_path):
     moved = pf.optim.PagedAdamW(params, spill_dir=tmp_path)
     _step(params, moved, 0)
     moved.state[params[0]].device = torch.device("cuda", 0)  # as if the model had been moved since
-    moved._plan = None
+    moved._plans.clear()
     with pytest.raises(ValueError, match="move the model first"):
         _step(params, moved, 1)
     sparse = nn.Embedding(5, 3, sparse=True)

@@ -15,6 +15,7 @@ from pyfastpeft.methods import (
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
+    TrainableTokensConfig,
 )
 from pyfastpeft.methods.lora.config import EvaConfig
 from pyfastpeft.methods.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
@@ -57,6 +58,7 @@ __all__ = [
     "PromptTuningInit",
     "QuantizedTensor",
     "TaskType",
+    "TrainableTokensConfig",
     "build_info",
     "dequantize_model",
     "get_eva_state_dict",

@@ -1,15 +1,16 @@
-"""trainable_token_indices: some rows of an embedding trained beside an adapter, in place of the whole matrix.
+"""Some rows of an embedding trained in place of the whole matrix: beside an adapter (trainable_token_indices), or as a method
+of their own (methods/trainable_tokens).
 
     y[t] = D[i] where token t is the i-th index, else W[t]          W [V, d], D [n, d], n indices
 
 D starts as the rows it replaces. An output head that shares W with the embedding (tied weights: one Parameter) follows: the
 logits of those tokens are h Dᵀ + bias. Neither builds a second W: PEFT copies all of it in every forward, and leaves out the
-head's bias. The files hold D alone, under PEFT's key: `<path>.token_adapter.trainable_tokens_delta`.
+head's bias. The files hold D alone, under PEFT's key: `<path>.token_adapter.trainable_tokens_delta` of rows beside an adapter.
+Which modules have rows: token_modules.py.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import torch
@@ -20,8 +21,6 @@ from pyfastpeft.methods.base import (
     AdapterHolder,
     MethodLayer,
     PeftConfig,
-    bare_modules,
-    named_by,
     replace_module,
 )
 from pyfastpeft.nn import as_base_linear
@@ -35,10 +34,11 @@ class TrainableTokens(MethodLayer):
     """
 
     base_key = "token_adapter.base_layer"
+    rows_key = "token_adapter.trainable_tokens_delta"
 
     def __init__(self, base_layer: nn.Module, source: TrainableTokens | None = None) -> None:
         AdapterHolder.__init__(self)
-        self.token_adapter = _TokenAdapter(base_layer)
+        self._hold(base_layer)
         self._source = [] if source is None else [source]  # in a list: its parameters are not this module's
         # an embedding's weight is written in place, and those who share it follow; a head gets one of its own first
         self.merges_weight = not isinstance(base_layer, nn.Embedding) and source is None
@@ -46,13 +46,21 @@ class TrainableTokens(MethodLayer):
         self.base_changed = False
         self._snapshot: dict[str, torch.Tensor] | None = None
 
+    def _hold(self, base_layer: nn.Module) -> None:
+        self.token_adapter = _TokenAdapter(base_layer)
+
+    @property
+    def _held(self) -> nn.Module:
+        """What has base_layer, trainable_tokens_delta and lookup."""
+        return self.token_adapter
+
     @property
     def source(self) -> TrainableTokens | None:
         return self._source[0] if self._source else None
 
     @property
     def base_layer(self) -> nn.Module:
-        return self.token_adapter.base_layer
+        return self._held._modules["base_layer"]
 
     @property
     def base(self):
@@ -61,7 +69,7 @@ class TrainableTokens(MethodLayer):
     @property
     def rows(self) -> nn.ParameterDict:
         """{adapter: D [n, d]}."""
-        return (self.source or self).token_adapter.trainable_tokens_delta
+        return (self.source or self)._held.trainable_tokens_delta
 
     @property
     def weight(self) -> torch.Tensor:
@@ -80,21 +88,23 @@ class TrainableTokens(MethodLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "token_adapter":
+            if name in _OWN:
                 raise
-            return getattr(self.token_adapter.base_layer, name)
+            return getattr(self.base_layer, name)
 
     def indices(self, name: str) -> torch.Tensor:
         """The tokens of D's rows [n]."""
-        return (self.source or self).token_adapter.lookup[name].indices
+        return (self.source or self)._held.lookup[name].indices
 
-    def add_adapter(self, name: str, indices: list[int], *, fp32: bool) -> None:
-        """Rows for these tokens, as the base has them (as merged adapters left them, where these share a token)."""
+    def add_adapter(self, name: str, indices: list[int], *, fp32: bool, init: bool = True) -> None:
+        """Rows for these tokens, as the base has them (as merged adapters left them, where these share a token); random
+        ones without init."""
         weight = self.base_layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32) if fp32 else weight.dtype
         index = torch.tensor(indices, device=weight.device)
-        rows = weight.detach()[index].to(wide, copy=True)
-        self.token_adapter.lookup[name] = _Lookup(index)
+        former = weight.detach()[index]
+        rows = (former if init else torch.randn_like(former)).to(wide, copy=True)
+        self._held.lookup[name] = _Lookup(index)
         self.rows[name] = nn.Parameter(rows, requires_grad=False)
 
     def held_adapters(self) -> list[str]:
@@ -103,7 +113,7 @@ class TrainableTokens(MethodLayer):
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if self.source is not None or name not in self.rows:
             return {}
-        return {"token_adapter.trainable_tokens_delta": self.rows[name]}
+        return {self.rows_key: self.rows[name]}
 
     def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
         return [self.rows[name]] if name in self.rows else []
@@ -121,7 +131,7 @@ class TrainableTokens(MethodLayer):
     def remove_adapter(self, name: str) -> None:
         if name in self.merged_adapters:
             self.unmerge()
-        for held in (self.token_adapter.lookup, self.token_adapter.trainable_tokens_delta):
+        for held in (self._held.lookup, self._held.trainable_tokens_delta):
             if name in held:
                 del held[name]
         self.active = tuple(other for other in self.active if other != name)
@@ -137,7 +147,7 @@ class TrainableTokens(MethodLayer):
         return y
 
     def _embed(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        base, lookup = self.base_layer, (self.source or self).token_adapter.lookup[name]
+        base, lookup = self.base_layer, (self.source or self)._held.lookup[name]
         hit, position = lookup(x)
         # as in the base, the padding token's row has no gradient
         padding = None if base.padding_idx is None else lookup.positions.get(base.padding_idx)
@@ -173,7 +183,7 @@ class TrainableTokens(MethodLayer):
     def unmerge(self) -> None:
         if self.source is None and self.merged_adapters:
             if self._snapshot is None:
-                raise RuntimeError("TrainableTokens: the rows were merged for good; load the base model again")
+                raise RuntimeError(f"{type(self).__name__}: the rows were merged for good; load the base model again")
             weight = self.base_layer.weight.detach()
             for name, rows in self._snapshot.items():
                 weight.index_copy_(0, self.indices(name).to(weight.device), rows.to(weight))
@@ -191,6 +201,25 @@ class TrainableTokens(MethodLayer):
     def extra_repr(self) -> str:
         counts = ", ".join(f"{name}: {len(rows)}" for name, rows in self.rows.items())
         return f"tokens={{{counts}}}, active={self.active}, follows={self.source is not None}"
+
+
+class TokensLayer(TrainableTokens):
+    """The same as a method of its own: PEFT's files have no token_adapter in the keys then."""
+
+    base_key = "base_layer"
+    rows_key = "trainable_tokens_delta"
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        self._modules["base_layer"] = base_layer
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.lookup = nn.ModuleDict()
+
+    @property
+    def _held(self) -> nn.Module:
+        return self
+
+
+_OWN = ("token_adapter", "trainable_tokens_delta", "lookup", "_modules", "_source")
 
 
 class _TokenAdapter(nn.Module):
@@ -216,7 +245,7 @@ class _Lookup(nn.Module):
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(whether each token has a row, its row's number or 0)."""
         ordered, order = self.ordered.to(tokens.device), self.order.to(tokens.device)
-        place = torch.searchsorted(ordered, tokens.to(ordered.dtype)).clamp(max=len(ordered) - 1)
+        place = torch.searchsorted(ordered, tokens.to(ordered.dtype).contiguous()).clamp(max=len(ordered) - 1)
         hit = ordered[place] == tokens
         return hit, torch.where(hit, order[place], 0)
 
@@ -233,131 +262,37 @@ def check_token_indices(config: PeftConfig) -> None:
     else:
         groups = {"trainable_token_indices": value}
     for field, indices in groups.items():
-        right = isinstance(indices, (list, tuple)) and all(type(index) is int for index in indices)
-        if not right:
-            raise TypeError(f"{owner}: {field} is {indices!r}, expected a list of integers")
-        if not indices or min(indices) < 0:
-            raise ValueError(f"{owner}: {field} is {indices!r}, expected at least one token, none of them negative")
-        if len(set(indices)) < len(indices):
-            raise ValueError(f"{owner}: {field} names a token more than once: {sorted(indices)}")
+        check_tokens(config, field, indices)
 
 
-def find_token_modules(
-    model: nn.Module, config: PeftConfig, targets: Iterable[str], saved: Iterable[str]
-) -> list[tuple[nn.Module, list[int], nn.Module | None]]:
-    """(module, its tokens, the module it follows or None) for what trainable_token_indices names, the followed ones first.
-
-    targets, saved   paths that the same config adapts, or trains whole
-    Raises ValueError for what cannot have trainable tokens, before anything is changed.
-    """
-    wanted = getattr(config, "trainable_token_indices", None)
-    if wanted is None:
-        return []
-    targets, saved = set(targets), set(saved)
-    modules = {path: module for path, module in bare_modules(model) if path}
-    if not isinstance(wanted, dict):
-        wanted = {_input_embedding(model, modules): wanted}
-    tokens: dict[str, list[int]] = {}
-    for name, indices in wanted.items():
-        paths = [path for path in modules if named_by(path, [name])]
-        if not paths:
-            near = difflib.get_close_matches(name, sorted({path.rpartition(".")[2] for path in modules}), n=3)
-            hint = f"; near misses: {', '.join(near)}" if near else ""
-            raise ValueError(f"trainable_token_indices: {name!r} matches no module of the model{hint}")
-        for path in paths:
-            if tokens.setdefault(path, list(indices)) != list(indices):
-                raise ValueError(f"trainable_token_indices: two of its names mean {path}, with different tokens")
-    for path, indices in tokens.items():
-        _check_module(path, modules[path], indices, targets, saved)
-    found: dict[str, tuple] = {}
-    for path in sorted(tokens, key=list(modules).index):
-        if path in found:
-            continue
-        found[path] = modules[path], tokens[path], None
-        if isinstance(_bare(modules[path]), nn.Embedding):
-            for other in _sharing(path, modules, tokens, targets, saved):
-                found[other] = modules[other], tokens[path], modules[path]
-    for path, (module, _, followed) in found.items():
-        former = module.source if isinstance(module, TrainableTokens) else None
-        if isinstance(module, TrainableTokens) and former is not followed:
-            raise ValueError(
-                f"trainable_token_indices: {path} {'shares' if former else 'does not share'} its tokens with an embedding "
-                "for an earlier adapter; name the same modules for both"
-            )
-    return list(found.values())
+def check_tokens(config: PeftConfig, field: str, indices: object) -> None:
+    """A field, or a part of one, that lists tokens: each once."""
+    owner = type(config).__name__
+    if not isinstance(indices, (list, tuple)) or not all(type(index) is int for index in indices):
+        raise TypeError(f"{owner}: {field} is {indices!r}, expected a list of integers")
+    if not indices or min(indices) < 0:
+        raise ValueError(f"{owner}: {field} is {indices!r}, expected at least one token, none of them negative")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{owner}: {field} names a token more than once: {sorted(indices)}")
 
 
-def add_trainable_tokens(model: nn.Module, found: list[tuple], adapter_name: str, *, fp32: bool) -> None:
-    """Gives every module of find_token_modules() rows for the adapter."""
+def add_trainable_tokens(
+    model: nn.Module,
+    found: list[tuple],
+    adapter_name: str,
+    *,
+    fp32: bool,
+    init: bool = True,
+    kind: type[TrainableTokens] = TrainableTokens,
+) -> None:
+    """Gives every module of find_token_modules() rows for the adapter; kind: the layer that goes around it."""
     holders: dict[int, TrainableTokens] = {}
     for module, indices, followed in found:
         holder = module
         if not isinstance(module, TrainableTokens):
-            holder = TrainableTokens(module, None if followed is None else holders[id(followed)]).train(module.training)
+            holder = kind(module, None if followed is None else holders[id(followed)]).train(module.training)
         holders[id(module)] = holder
         if followed is None:
-            holder.add_adapter(adapter_name, indices, fp32=fp32)
+            holder.add_adapter(adapter_name, indices, fp32=fp32, init=init)
         if holder is not module:
             replace_module(model, module, holder)
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, MethodLayer) else module
-
-
-def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str:
-    """The path of the model's input embedding; "embed_tokens" where it cannot say."""
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return "embed_tokens"
-    return next((path for path, module in modules.items() if module is embedding), "embed_tokens")
-
-
-def _check_module(path: str, module: nn.Module, indices: list[int], targets: set[str], saved: set[str]) -> None:
-    if any(path == other or path.startswith(f"{other}.") for other in saved):
-        raise ValueError(
-            f"trainable_token_indices: {path} is in modules_to_save too, which trains all of it; choose one"
-        )
-    if path in targets or (isinstance(module, AdapterHolder) and not isinstance(module, TrainableTokens)):
-        raise ValueError(
-            f"trainable_token_indices: {path} is adapted or saved whole by another part of this or an earlier adapter; a "
-            "module has one of them"
-        )
-    base = _bare(module)
-    view = as_base_linear(base)
-    usable = isinstance(base, nn.Embedding) or (isinstance(base, nn.Linear) and not (view and view.is_quantized))
-    if not usable or not base.weight.is_floating_point():
-        raise ValueError(
-            f"trainable_token_indices: {path} is a {type(base).__name__}, expected an nn.Embedding or an nn.Linear that is "
-            "not quantised"
-        )
-    if isinstance(base, nn.Embedding):
-        scaled = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        if base.max_norm is not None or base.scale_grad_by_freq or base.sparse or not scaled:
-            raise ValueError(
-                f"trainable_token_indices: {path} ({type(base).__name__}) does more than look up and scale rows (max_norm, "
-                "scale_grad_by_freq, sparse, or a forward of its own), which rows of its own would not take part in"
-            )
-    if max(indices) >= base.weight.shape[0]:
-        raise ValueError(
-            f"trainable_token_indices: token {max(indices)} of {path}, which has {base.weight.shape[0]} rows; resize the "
-            "embedding first (resize_token_embeddings)"
-        )
-
-
-def _sharing(path: str, modules: dict, tokens: dict[str, list[int]], targets: set[str], saved: set[str]) -> list[str]:
-    """The modules with the same weight Parameter, which follow; one that is trained whole has a copy of its own."""
-    weight, found = _bare(modules[path]).weight, []
-    for other, module in modules.items():
-        bare = module.bare_module() if isinstance(module, AdapterHolder) else module
-        if other == path or bare._parameters.get("weight") is not weight or other in saved:
-            continue
-        if other in tokens and tokens[other] != tokens[path]:
-            raise ValueError(
-                f"trainable_token_indices: {path} and {other} share one weight and have different tokens; name {path} alone, "
-                f"{other} follows it"
-            )
-        _check_module(other, module, tokens[path], targets, saved)
-        found.append(other)
-    return found

@@ -8,6 +8,7 @@ from pyfastpeft.methods.lora import LoraConfig
 from pyfastpeft.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from pyfastpeft.methods.prefix_tuning import PrefixTuningConfig
 from pyfastpeft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
+from pyfastpeft.methods.trainable_tokens import TrainableTokensConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -22,4 +23,5 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
 ]

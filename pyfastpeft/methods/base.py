@@ -46,6 +46,7 @@ class PeftType(str, enum.Enum):
     LORA = "LORA"
     ADALORA = "ADALORA"
     IA3 = "IA3"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
     BITFIT = "BITFIT"  # not one of PEFT's
 
 

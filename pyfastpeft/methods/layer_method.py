@@ -12,7 +12,8 @@ from pyfastpeft.inject import bare_layer, bias_tensors, find_targets, resolved_t
 from pyfastpeft.methods.base import AdapterHolder, Method, MethodLayer, PeftConfig, replace_module
 from pyfastpeft.nn import as_base_linear
 from pyfastpeft.saved_modules import add_saved_modules, check_saved_modules
-from pyfastpeft.trainable_tokens import add_trainable_tokens, find_token_modules
+from pyfastpeft.token_modules import find_token_modules
+from pyfastpeft.trainable_tokens import add_trainable_tokens
 
 
 class LayerMethod(Method):

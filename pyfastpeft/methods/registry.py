@@ -10,6 +10,7 @@ from pyfastpeft.methods.lora import LoraMethod
 from pyfastpeft.methods.p_tuning import PTuningMethod
 from pyfastpeft.methods.prefix_tuning import PrefixTuningMethod
 from pyfastpeft.methods.prompt_tuning import PromptTuningMethod
+from pyfastpeft.methods.trainable_tokens import TrainableTokensMethod
 
 _METHODS = [
     AdaLoraMethod(),
@@ -19,6 +20,7 @@ _METHODS = [
     PTuningMethod(),
     PrefixTuningMethod(),
     PromptTuningMethod(),
+    TrainableTokensMethod(),
 ]
 METHODS: dict[PeftType, Method] = {method.peft_type: method for method in _METHODS}
 

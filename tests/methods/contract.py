@@ -51,6 +51,9 @@ CONTRACTS = {
     PeftType.PROMPT_TUNING: Contract(
         lambda kind: {"num_virtual_tokens": 5}, identity=False, mergeable=False, peft="PromptTuningConfig"
     ),
+    PeftType.TRAINABLE_TOKENS: Contract(
+        lambda kind: {"token_indices": [9, *range(8), *range(10, 50)]}, exact_merge=True, peft="TrainableTokensConfig"
+    ),
     PeftType.P_TUNING: Contract(
         lambda kind: {"num_virtual_tokens": 5, "encoder_reparameterization_type": "MLP" if kind == "bert" else "LSTM"},
         identity=False,

@@ -293,3 +293,84 @@ def test_a_file_of_another_number_of_tokens_loads_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"trainable_tokens_delta has shape \(2, 6\), the model expects \(1, 6\)"):
         pf.PeftModel.from_pretrained(base, tmp_path, config=config([1]))
     assert_unchanged(base, before)
+
+
+def alone(tokens, **more):
+    return pf.TrainableTokensConfig(token_indices=tokens, **more)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_method_by_itself(tied, dtype, tmp_path):
+    """The same numbers as beside an adapter that does nothing; its own places in the model and the files."""
+    tokens = [2, 9, 4]
+    named = alone(
+        tokens, target_modules=["embed", "head"] if tied else None
+    )  # a tied head can be named: PEFT raises then
+    model, beside = (pf.get_peft_model(Small(tied, dtype=dtype), c) for c in (named, config(tokens)))
+    holder, other = model.get_base_model().embed, beside.get_base_model().embed
+    x = torch.tensor([[2, 9, 4, 1]])
+    assert torch.equal(model(x), beside(x)) and {p.dtype for p in model.parameters() if p.requires_grad} == {
+        torch.float32
+    }
+    with torch.no_grad():
+        holder.rows["default"].normal_(), other.rows["default"].copy_(holder.rows["default"])
+    y = model(x)
+    assert y.dtype == dtype and torch.equal(y, beside(x))
+    assert model.peft_config["default"].target_modules == (["embed", "head"] if tied else "embed")
+    model.save_pretrained(tmp_path)
+    again = pf.PeftModel.from_pretrained(Small(tied, dtype=dtype), tmp_path)
+    assert torch.equal(again(x), y) and not any(p.requires_grad for p in again.parameters())
+    model.add_adapter("b", alone([5]))
+    model.set_adapter("b")
+    with model.disable_adapter():
+        before = model(x)
+    assert torch.equal(model(x), before)
+    with pytest.raises(ValueError, match="embed is adapted or saved whole"):
+        model.add_adapter("c", config([1]))
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(x), y, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-2)
+    assert type(merged.embed) is nn.Embedding and (merged.head.weight is merged.embed.weight) == tied
+
+
+ALONE_BAD = {
+    "too high": ({"token_indices": [VOCAB]}, rf"TrainableTokensConfig: token {VOCAB} of model.embed_tokens"),
+    "no such module": ({"target_modules": ["embed_tokns"]}, "embed_tokns.*match no module.*near misses: embed_tokens"),
+    "no such pattern": ({"target_modules": "model.embed"}, "match no module of the model"),
+    "a norm": ({"target_modules": "model.norm"}, "model.norm is a LlamaRMSNorm, expected an nn.Embedding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "message"), ALONE_BAD.values(), ids=ALONE_BAD)
+def test_errors_of_the_method_leave_the_model_as_it_was(fields, message):
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        pf.get_peft_model(model, pf.TrainableTokensConfig(**{"token_indices": [1]} | fields))
+    assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="not quantised"):
+        quantised = pf.quantize_model(Small())
+        pf.get_peft_model(quantised, alone([1], target_modules=["inner"]))
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [([], ValueError), ([1, 1], ValueError), (3, TypeError), ([True], TypeError)]
+)
+def test_bad_tokens(value, error):
+    with pytest.raises(error, match="TrainableTokensConfig: token_indices"):
+        pf.TrainableTokensConfig(token_indices=value)
+
+
+def test_rows_of_an_untied_model_are_not_put_into_a_tied_one(tmp_path):
+    """Nor is anything lost in silence the other way: the head of a tied model has a key of its own."""
+    both = alone([2, 4], target_modules=["embed", "head"])
+    scatter(pf.get_peft_model(Small(), both)).save_pretrained(tmp_path / "untied")
+    scatter(pf.get_peft_model(Small(True), alone([2, 4]))).save_pretrained(tmp_path / "tied")
+    for folder, base, message in (
+        ("untied", Small(True), "differ in the file, and the model has one weight for both"),
+        ("tied", Small(), "base_model.model.head.trainable_tokens_delta"),
+    ):
+        before = snapshot(base)
+        with pytest.raises(ValueError, match=message):
+            pf.PeftModel.from_pretrained(base, tmp_path / folder)
+        assert_unchanged(base, before)

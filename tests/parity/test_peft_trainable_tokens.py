@@ -1,4 +1,5 @@
-"""trainable_token_indices against installed Hugging Face PEFT: outputs, gradients, files, merged models."""
+"""Trainable tokens, beside LoRA and as a method of their own, against installed Hugging Face PEFT: outputs, gradients,
+files, merged models."""
 
 import copy
 import json
@@ -127,3 +128,59 @@ def test_a_tied_head_keeps_its_bias():
     torch.testing.assert_close(*outputs["pyfastpeft"], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(outputs["pyfastpeft"][1], outputs["peft"][1], rtol=1e-4, atol=2e-5)
     assert (outputs["peft"][0] - outputs["peft"][1]).abs().max() > 0.5
+
+
+HEADS = [("llama", None), ("llama", ["embed_tokens", "lm_head"]), ("llama", "lm_head"), ("tied", None),
+         ("gpt2", None), ("bert", None), ("t5", None), ("bloom", None), ("gemma", None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "targets"), HEADS, ids=str)
+def test_the_method_by_itself(kind, targets, tmp_path):
+    """Every byte of both files is PEFT's, the rows repeated for tied heads as well."""
+    inputs = inputs_of(kind)
+    tokens = list(dict.fromkeys([*inputs["input_ids"][0, [3, 1, 5]].tolist(), VOCAB - 1]))
+    models = []
+    for library in (peft, pf):
+        config = library.TrainableTokensConfig(
+            task_type=TASK.get(kind, "CAUSAL_LM"), token_indices=tokens, target_modules=targets
+        )
+        models.append(library.get_peft_model(model_of(kind), config))
+    theirs, ours = models
+    scattered = {n for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == scattered
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in sorted(scattered):
+            step = torch.randn(len(tokens), 32, generator=generator) * 0.2
+            for model in models:
+                model.get_parameter(name).add_(step)
+    got, expected = run(ours, inputs), run(theirs, inputs)
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5, msg=name)
+    theirs.save_pretrained(tmp_path / "theirs"), ours.save_pretrained(tmp_path / "ours")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        files = [(tmp_path / who / file).read_bytes() for who in ("theirs", "ours")]
+        if file.endswith("json"):
+            files = [json.loads(text) for text in files]
+            if isinstance(targets, list):  # a set in PEFT's, in any order
+                for each in files:
+                    each["target_modules"] = sorted(each["target_modules"])
+        assert files[1] == files[0], file
+    again = pf.PeftModel.from_pretrained(model_of(kind), tmp_path / "theirs")
+    torch.testing.assert_close(again(**inputs).logits, expected["logits"], rtol=1e-4, atol=2e-5)
+    again = peft.PeftModel.from_pretrained(model_of(kind), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(**inputs).logits, expected["logits"], rtol=1e-4, atol=2e-5)
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged(**inputs).logits, expected["logits"], rtol=1e-4, atol=2e-5)
+
+
+def test_random_rows_are_drawn_as_peft_draws_them():
+    rows = []
+    for library in (peft, pf):
+        config = library.TrainableTokensConfig(token_indices=[3, 1], init_weights=False)
+        base = model_of("llama")
+        torch.manual_seed(5)
+        model = library.get_peft_model(base, config)
+        rows += [p for p in model.parameters() if p.requires_grad]
+    assert rows[0].shape == (2, 32) and torch.equal(*rows)

@@ -19,7 +19,11 @@ from pyfastpeft.methods import (
 )
 from pyfastpeft.methods.lora.config import EvaConfig
 from pyfastpeft.methods.lora.eva import get_eva_state_dict, initialize_lora_eva_weights
-from pyfastpeft.methods.lora.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from pyfastpeft.methods.lora.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 from pyfastpeft.nn.load_quantized import load_quantized_state_dict
 from pyfastpeft.peft_model import (
     PeftModel,
@@ -66,6 +70,7 @@ __all__ = [
     "get_model_status",
     "get_peft_model",
     "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
     "integrations",
     "load_quantized_state_dict",

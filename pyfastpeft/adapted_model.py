@@ -260,7 +260,7 @@ class AdaptedModel(nn.Module):
                 layer.check_merge(names, safe)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-        self.untie(layers)
+        self.untie(layers, names)
         errors = {}
         for path, layer in _progress(layers, "merging", progressbar):
             quantized = layer.merges_weight and layer.base.is_quantized and dtype is None
@@ -278,10 +278,18 @@ class AdaptedModel(nn.Module):
             )
         return errors
 
-    def untie(self, layers: list[tuple[str, MethodLayer]]) -> None:
-        """Gives layers whose weight is another module's too a weight of their own, before it is written."""
-        written = {path: layer for path, layer in layers if layer.merges_weight}
-        for path, other in tied_targets(self.model, written):
+    def untie(self, layers: list[tuple[str, MethodLayer]], names: Iterable[str]) -> None:
+        """Gives layers whose weight is another module's too a weight of their own, before these adapters are written into it;
+        but for those that share the adapters as well."""
+        written = {path: layer for path, layer in layers if layer.merges_weight and not layer.follows(names)}
+        tied = tied_targets(self.model, written)
+        for path in [path for path, _ in tied] + sharing_weights(written):
+            if written[path].merged_adapters:  # into a weight that others go on sharing
+                raise RuntimeError(
+                    f"{path} is to have a weight of its own, and adapters {sorted(written[path].merged_adapters)} are merged "
+                    "into the shared one; unmerge_adapter() first"
+                )
+        for path, other in tied:
             _own_weight(written[path].base_layer)
             warnings.warn(f"{path} has now a weight of its own, apart from {other}'s", stacklevel=5)
             if getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):

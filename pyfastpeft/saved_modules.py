@@ -34,11 +34,28 @@ class ModulesToSaveWrapper(AdapterHolder):
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
+        self.shared: dict[
+            str, list[str]
+        ] = {}  # {adapter: keys that alone train}, of one that only follows another module
 
     def add_adapter(self, name: str) -> None:
         module = copy.deepcopy(self.original_module, _hook_owners(self.original_module))
         module.requires_grad_(False)
         self.modules_to_save[name] = module
+
+    def follow(self, name: str, copies: dict[int, nn.Parameter], only: bool) -> None:
+        """Puts copies, by their originals' id, in place of this copy's Parameters; only: nothing else of it trains."""
+        original, taken = dict(self.original_module.named_parameters(remove_duplicate=False)), []
+        for key, parameter in original.items():
+            owner, _, last = key.rpartition(".")
+            module = self.modules_to_save[name].get_submodule(owner)
+            if id(parameter) in copies:
+                module._parameters[last] = copies[id(parameter)]
+                taken.append(key)
+            else:
+                copies[id(parameter)] = module._parameters[last]
+        if only:
+            self.shared[name] = taken
 
     def held_adapters(self) -> list[str]:
         return list(self.modules_to_save)
@@ -46,9 +63,11 @@ class ModulesToSaveWrapper(AdapterHolder):
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self.modules_to_save:
             return {}
-        return self.modules_to_save[name].state_dict(keep_vars=True)
+        tensors = self.modules_to_save[name].state_dict(keep_vars=True)
+        return {key: tensors[key] for key in self.shared.get(name, tensors)}
 
     def remove_adapter(self, name: str) -> None:
+        self.shared.pop(name, None)
         if name in self.modules_to_save:
             del self.modules_to_save[name]
             self.active = tuple(other for other in self.active if other != name)
@@ -154,10 +173,17 @@ def check_saved_modules(
             raise ValueError(message)
         warnings.warn(message, stacklevel=3)
     outermost = {p: m for p, m in found.items() if not any(p.startswith(other + ".") for other in found)}
+    tying = getattr(config, "ensure_weight_tying", False)
+    if tying:
+        for group in tied_groups(model):
+            outside = [p for p in group if not any(p == o or p.startswith(f"{o}.") for o in outermost)]
+            if len(outside) < len(group):
+                outermost |= {path: group[path] for path in outside}
     for path, module in outermost.items():
         if isinstance(module, MethodLayer):
             raise ValueError(
                 f"modules_to_save: {path} is adapted by an earlier adapter and cannot be saved whole as well"
+                + ("" if path in found else ", as ensure_weight_tying asks")
             )
         inside = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
         for part, child in inside.named_modules():
@@ -169,7 +195,7 @@ def check_saved_modules(
                 )
         shared = {id(p) for p in inside.parameters()}
         ties = [p for p, m in modules.items() if p != path and not p.startswith(path + ".") and _holds(m, shared)]
-        if ties:
+        if ties and not tying:
             warnings.warn(
                 f"modules_to_save: {path} shares a weight with {ties[0]}; the trained copy does not", stacklevel=3
             )
@@ -180,10 +206,38 @@ def _holds(module: nn.Module, ids: set[int]) -> bool:
     return any(id(parameter) in ids for parameter in module._parameters.values())
 
 
-def add_saved_modules(model: nn.Module, saved: dict[str, nn.Module], adapter_name: str) -> None:
-    """Gives every module of check_saved_modules() a copy for the adapter."""
-    for module in saved.values():
+def tied_groups(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """The modules, by their paths, that share one weight Parameter with an nn.Embedding: that one (the model's input
+    embedding, if it is among them) first, the others in the model's order."""
+    groups: dict[int, dict[str, nn.Module]] = {}
+    try:
+        first = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # not a transformers model, or one without embeddings
+        first = None
+
+    def rank(entry: tuple[str, nn.Module]) -> int:
+        bare = entry[1].bare_module() if isinstance(entry[1], AdapterHolder) else entry[1]
+        return 0 if first is not None and first in (bare, entry[1]) else 1 if isinstance(bare, nn.Embedding) else 2
+
+    for path, module in bare_modules(model):
+        bare = module.bare_module() if isinstance(module, AdapterHolder) else module
+        weight = bare._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), {})[path] = module
+    ordered = (sorted(group.items(), key=rank) for group in groups.values() if len(group) > 1)
+    return [dict(group) for group in ordered if rank(group[0]) < 2]
+
+
+def add_saved_modules(
+    model: nn.Module, saved: dict[str, nn.Module], adapter_name: str, config: PeftConfig | None = None
+) -> None:
+    """Gives every module of check_saved_modules() a copy for the adapter; with ensure_weight_tying in the config, what the
+    modules share their copies share too."""
+    copies: dict[int, nn.Parameter] | None = {} if getattr(config, "ensure_weight_tying", False) else None
+    for path, module in saved.items():
         wrapper = module if isinstance(module, ModulesToSaveWrapper) else ModulesToSaveWrapper(module)
         wrapper.train(module.training).add_adapter(adapter_name)
+        if copies is not None:
+            wrapper.follow(adapter_name, copies, only=not named_by(path, saved_module_names(config)))
         if wrapper is not module:
             replace_module(model, module, wrapper)

@@ -225,6 +225,10 @@ class MethodLayer(AdapterHolder):
     def check_together(self, names: list[str], path: str) -> None:
         """Any adapters of a layer can: their updates add up."""
 
+    def follows(self, names: Iterable[str]) -> bool:
+        """Whether another layer, which shares this one's weight, writes into it when these adapters are merged."""
+        return False
+
     @property
     def base(self) -> BaseLinear:
         """The view of base_layer; kept, because torch.compile cannot trace how one is found."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,12 +36,18 @@ class LayerMethod(Method):
         """Sets config.target_modules (and what goes with it) where the config leaves it to the architecture."""
         raise NotImplementedError
 
+    def note_ties(self, model: nn.Module, config: PeftConfig, targets: dict[str, nn.Module]) -> None:
+        """Says which of the targets share their weight with a module that stays as it is."""
+        warn_tied(model, targets)
+
     def has_targets(self, config: PeftConfig) -> bool:
         """Whether target_modules is to name any layer."""
         return True
 
-    def find_more(self, model: nn.Module, config: PeftConfig, targets: dict[str, nn.Module], strict: bool) -> Any:
-        """What add_more() adapts beside the targets; every check before anything is changed."""
+    def find_more(
+        self, model: nn.Module, config: PeftConfig, targets: dict[str, nn.Module], saved: Iterable[str], strict: bool
+    ) -> Any:
+        """What add_more() adapts beside the targets, which it may change; every check before anything is changed."""
 
     def add_more(self, model: nn.Module, more: Any, config: PeftConfig, adapter_name: str, *, fp32: bool, init: bool):
         """Adapts what find_more() found."""
@@ -59,11 +66,11 @@ class LayerMethod(Method):
         self._check_same_method(targets)
         saved = check_saved_modules(model, config, adapter_name, strict=strict)
         tokens = find_token_modules(model, config, targets, saved)
-        more = self.find_more(model, config, targets, strict)
+        more = self.find_more(model, config, targets, saved, strict)
         config.target_modules = resolved_target_modules(model, config, targets)
         self.check_targets(config, targets, strict)
         _note_storage(config, targets)
-        warn_tied(model, targets)
+        self.note_ties(model, config, targets)
         for path, module in targets.items():
             self.check_layer(path, bare_layer(module), config)
         layers = []
@@ -76,7 +83,7 @@ class LayerMethod(Method):
             if layer is not module:
                 replace_module(model, module, layer)
         self.add_more(model, more, config, adapter_name, fp32=fp32, init=init)
-        add_saved_modules(model, saved, adapter_name)
+        add_saved_modules(model, saved, adapter_name, config)
         add_trainable_tokens(model, tokens, adapter_name, fp32=fp32)
         return config
 

@@ -19,13 +19,20 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class BaseAttention(BaseLinear):
-    """nn.MultiheadAttention with a packed projection: W [4E, E] is in_proj_weight [3E, E] above out_proj.weight [E, E].
+    """nn.MultiheadAttention: W [1, total] is all that its products use, one after the other (parts()).
 
-    in_features E; out_features 3E, those of the packed projection; the biases are not a method's to write.
+    in_features E; out_features 3E, those of the packed projection; the biases are in W.
     """
 
     module: nn.MultiheadAttention
     bias = None
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        """The projections' weights and biases by their names, those that the module has."""
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+        parts = {name: self.module._parameters[name] for name in names}
+        parts |= {f"out_proj.{name}": value for name, value in self.module.out_proj._parameters.items()}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def in_features(self) -> int:
@@ -37,17 +44,17 @@ class BaseAttention(BaseLinear):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        return self.module.in_proj_weight.dtype
+        return self.module.out_proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.module.in_proj_weight.device
+        return self.module.out_proj.weight.device
 
     def _weight(self) -> torch.Tensor:
-        return torch.cat((self.module.in_proj_weight, self.module.out_proj.weight))
+        return torch.cat([part.flatten() for part in self.parts().values()])[None]
 
     def _expected_shape(self) -> tuple[int, ...]:
-        return 4 * self.module.embed_dim, self.module.embed_dim
+        return 1, sum(part.numel() for part in self.parts().values())
 
     @torch.no_grad()
     def set_weight(self, weight: torch.Tensor) -> float:
@@ -60,8 +67,9 @@ class BaseAttention(BaseLinear):
 
     @torch.no_grad()
     def restore_weight(self, snapshot: torch.Tensor) -> None:
-        packed, out = snapshot.split((self.out_features, self.in_features))
-        self.module.in_proj_weight.detach().copy_(packed), self.module.out_proj.weight.detach().copy_(out)
+        parts = list(self.parts().values())
+        for part, values in zip(parts, snapshot[0].split([part.numel() for part in parts]), strict=True):
+            part.detach().copy_(values.view(part.shape))
 
 
 class BaseEmbedding(BaseLinear):

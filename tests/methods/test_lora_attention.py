@@ -19,9 +19,9 @@ class Cross(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(E, 2, batch_first=batch_first, **more)
 
-    def forward(self, query, key=None, **how):
+    def forward(self, query, key=None, value=None, **how):
         key = query if key is None else key
-        return self.attn(query, key, key, **how)
+        return self.attn(query, key, key if value is None else value, **how)
 
 
 def build(**more):
@@ -38,15 +38,26 @@ def adapt(model, **options):
     return scatter(pf.get_peft_model(model, pf.LoraConfig(r=2, target_modules=["attn"], **options)), scale=0.3).eval()
 
 
-def written_out(plain, adapted):
-    """The module with its adapter's updates written into its weights."""
+def written_out(plain, adapted, name="default"):
+    """The module with its adapter's updates written into its weights and biases."""
     layer, changed = adapted.base_model.model.attn, copy.deepcopy(plain)
-    scaling = layer.scaling["default"]
+    scaling, parameters = layer.scaling[name], dict(changed.attn.named_parameters())
+    separate = {"q_proj_weight": "", "k_proj_weight": "k_", "v_proj_weight": "v_", "out_proj.weight": "out_"}
+    packed = {"in_proj_weight": "", "out_proj.weight": "out_"}
+    bias, at = [], packed if changed.attn._qkv_same_embed_dim else separate
     with torch.no_grad():
-        changed.attn.in_proj_weight += scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        changed.attn.out_proj.weight += (
-            scaling * layer.out_lora_B["default"].weight @ layer.out_lora_A["default"].weight
-        )
+        for key, prefix in at.items():
+            a, b = (getattr(layer, f"{prefix}lora_{part}")[name] for part in "AB")
+            weight = parameters[key]
+            weight += scaling * b.weight @ a.weight
+            if name in layer.lora_magnitude_vector:
+                magnitude = getattr(layer, f"{prefix}lora_magnitude_vector")[name].weight
+                weight *= (magnitude / weight.norm(dim=1))[:, None]
+            if b.bias is not None:
+                bias.append(scaling * b.bias)
+        if bias:
+            changed.attn.out_proj.bias += bias.pop()
+            changed.attn.in_proj_bias += torch.cat(bias)
     return changed
 
 
@@ -58,14 +69,26 @@ HOW = {
         "attn_mask": torch.triu(torch.ones(4, 4, dtype=torch.bool), 1),
         "key_padding_mask": torch.tensor([[False] * 4, [False, False, True, True], [False] * 3 + [True]]),
     },
+    "causal": {
+        "attn_mask": torch.triu(torch.ones(4, 4, dtype=torch.bool), 1),
+        "is_causal": True,
+        "need_weights": False,
+    },
+    "heads' masks": {"attn_mask": torch.linspace(-1, 1, 6 * 16).view(6, 4, 4).double()},
+}
+VARIANTS = {
+    "plain": {"init_lora_weights": False},
+    "dora": {"init_lora_weights": False, "use_dora": True},
+    "bias": {"init_lora_weights": False, "lora_bias": True},
 }
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("grad", [True, False])
-def test_forward_merge_and_undoing(how, grad):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_merge_and_undoing(how, grad, variant):
     plain = build().double()
-    model = adapt(copy.deepcopy(plain), init_lora_weights=False)
+    model = adapt(copy.deepcopy(plain), **VARIANTS[variant])
     x = inputs(torch.float64)[0]
     expected = written_out(plain, model)(x, **how)
     with torch.set_grad_enabled(grad):
@@ -102,6 +125,107 @@ def test_cross_attention_and_gradients(batch_first, more):
                 ends.append(model(query, key)[0].square().sum().item())
             parameter[1, 1] = value
         assert parameter.grad[1, 1].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-8)
+
+
+SIZES = {"both": {"kdim": 5, "vdim": 3}, "key": {"kdim": 5}, "value": {"vdim": 3}}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_projections_that_are_not_packed(sizes, variant, tmp_path):
+    """kdim, vdim: each projection has its own A and B; identity, forward, gradients, merge, files."""
+    more = {**sizes, "add_bias_kv": "kdim" in sizes}
+    plain = build(**more).double()
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(3, 4, E, generator=generator).double()
+    key, value = (torch.randn(3, 6, sizes.get(n, E), generator=generator).double() for n in ("kdim", "vdim"))
+    options = VARIANTS[variant] | {"init_lora_weights": True}
+    new = pf.get_peft_model(copy.deepcopy(plain), pf.LoraConfig(r=2, target_modules=["attn"], **options)).eval()
+    torch.testing.assert_close(new(query, key, value), plain(query, key, value), rtol=1e-12, atol=1e-12)
+    model = adapt(copy.deepcopy(plain), **VARIANTS[variant])
+    expected = written_out(plain, model)(query, key, value)
+    torch.testing.assert_close(model(query, key, value), expected, rtol=1e-10, atol=1e-10)
+    model(query, key, value)[0].square().sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == {"plain": 8, "dora": 12, "bias": 12}[variant] and all(p.grad.norm() > 0 for p in trained)
+    if variant != "dora":  # whose norm has no gradient
+        for parameter in trained:
+            place, step, ends = tuple(size // 2 for size in parameter.shape), 1e-6, []
+            former = parameter[place].item()
+            with torch.no_grad():
+                for sign in (1, -1):
+                    parameter[place] = former + sign * step
+                    ends.append(model(query, key, value)[0].square().sum().item())
+                parameter[place] = former
+            assert parameter.grad[place].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-8)
+    model.save_pretrained(tmp_path)
+    again = pf.PeftModel.from_pretrained(copy.deepcopy(plain).float(), tmp_path)
+    torch.testing.assert_close(again(query.float(), key.float(), value.float())[0], expected[0].float())
+    keys = {key for key in again.base_model.tensors("default")}
+    assert "base_model.model.attn.base_layer.k_proj.lora_A.weight" in keys
+    weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(query, key, value), expected, rtol=1e-10, atol=1e-10)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, weights[n]) for n, p in copy.deepcopy(model).unload().named_parameters())
+    torch.testing.assert_close(model.merge_and_unload()(query, key, value), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["batch first", "length first"])
+@pytest.mark.parametrize("how", [k for k in HOW])
+def test_mixed_batches(first, how):
+    how, plain = HOW[how], build(batch_first=first).double()
+    model = adapt(copy.deepcopy(plain), init_lora_weights=False)
+    options = {"r": 3, "target_modules": ["attn"], "init_lora_weights": False}
+    model.add_adapter("b", pf.LoraConfig(use_dora=True, **options))
+    x = inputs(torch.float64)[0]
+    x = x if first else x.transpose(0, 1).contiguous()
+    expected = []
+    for name in ("b", "__base__", "default"):
+        one = plain if name == "__base__" else written_out(plain, model, name)
+        expected.append(one(x, **how))
+    got = model(x, **how, adapter_names=["b", "__base__", "default"])
+    for sample, (y, weights) in enumerate(expected):
+        torch.testing.assert_close(
+            got[0].select(1 - first, sample), y.select(1 - first, sample), rtol=1e-10, atol=1e-10
+        )
+        if weights is None:
+            assert got[1] is None
+        else:
+            torch.testing.assert_close(got[1][sample], weights[sample], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(x, **how)[0], expected[2][0], rtol=1e-10, atol=1e-10)  # as before
+    with pytest.raises(ValueError, match="a query of 2 dimensions, expected 3"):
+        model(x[0], adapter_names=["b", "b", "b"])
+
+
+def test_mixed_batches_of_an_encoder():
+    """Off the fast path, whichever adapter is the active one."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, 2, 16, batch_first=True), 2).eval()
+    plain, x = copy.deepcopy(encoder), inputs()[0]
+    model = scatter(pf.get_peft_model(encoder, pf.LoraConfig(r=2, target_modules=["self_attn"])), scale=0.3).eval()
+    with torch.no_grad():
+        both = plain(x), model(x)
+        got = model(x, adapter_names=["default", "__base__", "default"])
+    for sample, source in enumerate((1, 0, 1)):
+        torch.testing.assert_close(got[sample], both[source][sample])
+
+
+def test_dora_in_bf16_and_of_several_adapters():
+    plain = build().bfloat16()
+    query, key = inputs(torch.bfloat16)
+    expected = plain(query, key)[0]
+    model = pf.get_peft_model(copy.deepcopy(plain), pf.LoraConfig(r=2, target_modules=["attn"], use_dora=True)).eval()
+    assert torch.equal(model(query, key)[0], expected)
+    plain = build().double()
+    model = adapt(copy.deepcopy(plain), use_dora=True)
+    model.add_adapter("b", pf.LoraConfig(r=3, target_modules=["attn"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "b"])
+    parts = [written_out(plain, model, name).attn.in_proj_weight for name in ("default", "b")]
+    merged = copy.deepcopy(model).merge_and_unload().attn.in_proj_weight
+    torch.testing.assert_close(merged, parts[0] + parts[1] - plain.attn.in_proj_weight)
+    query, key = inputs(torch.float64)
+    torch.testing.assert_close(model(query, key)[0], model.merge_and_unload()(query, key)[0])
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["encoder", "layer"])
@@ -203,8 +327,6 @@ def test_bf16_several_adapters_and_state():
     assert not torch.equal(second, expected)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert torch.equal(copy.deepcopy(model)(query, key)[0], second)
-    with pytest.raises(ValueError, match="cannot share a batch"):
-        model(query, key, adapter_names=["b", "default", "__base__"])
     with pytest.raises(ValueError, match="whose adapters cannot be combined"):
         model.base_model.add_weighted_adapter(["default", "b"], [1, 1], "c", "cat")
     with pytest.raises(ValueError, match="attn is a LoraAttention"):
@@ -215,10 +337,8 @@ def test_bf16_several_adapters_and_state():
 
 
 BAD = {
-    "kdim": ({"kdim": 4}, {}, "kdim or vdim of its own"),
-    "dora": ({}, {"use_dora": True}, "no use_dora=True"),
-    "lora_bias": ({}, {"lora_bias": True}, "no lora_bias=True"),
-    "bias": ({}, {"bias": "all"}, "no bias='all'"),
+    "lora_bias": ({"bias": False}, {"lora_bias": True}, "without biases .bias=False., in which lora_bias has nothing"),
+    "bias": ({}, {"bias": "all"}, "not among those that bias='all' trains"),
     "pissa": ({}, {"init_lora_weights": "pissa"}, "no init_lora_weights='pissa'"),
     "out_proj": ({}, {"target_modules": ["out_proj"]}, r"attn.out_proj \(NonDynamicallyQuantizableLinear\)"),
 }

@@ -165,7 +165,7 @@ def test_attention_with_an_output_layer_that_is_never_called():
 
 UNSUPPORTED = {
     "init_lora_weights": "corda",
-    "use_qalora": True, "qalora_group_size": 8, "megatron_core": "other", "ensure_weight_tying": True,
+    "use_qalora": True, "qalora_group_size": 8, "megatron_core": "other",
     "runtime_config": {"ephemeral_gpu_offload": True}, "corda_config": {"rho": 2.0}, "alora_invocation_tokens": [1],
 }  # fmt: skip
 

@@ -62,6 +62,7 @@ class AdaLoraConfig(LoraConfig):
             "loftq_config",
             "target_parameters",
             "layer_replication",
+            "ensure_weight_tying",
         }
 
     def _check_ranks(self) -> None:

@@ -82,6 +82,10 @@ class LoraConfig(PeftConfig):
     trainable_token_indices   tokens whose rows of the input embedding train too, or {module: tokens}; a head that shares
                        the embedding's weight follows (trainable_tokens.py)
 
+    ensure_weight_tying   one adapter, or one trained copy (modules_to_save), for an embedding and all that share its weight
+                       (methods/lora/tied.py); without it an adapter changes the named module's use of the weight alone,
+                       with a warning, and merging separates them
+
     The other fields are PEFT's for variants that are not here yet; a value other than the default raises
     NotImplementedError with the field's name.
     """
@@ -178,7 +182,7 @@ class LoraConfig(PeftConfig):
                 f"{type(self).__name__}: init_lora_weights={init!r} is not supported yet, only True, False, 'gaussian', "
                 "'orthogonal', 'pissa', 'pissa_niter_N', 'olora', 'loftq' and 'eva'"
             )
-        check_flags(self, "use_dora", "lora_bias")
+        check_flags(self, "use_dora", "lora_bias", "ensure_weight_tying")
         if self.lora_bias and (self.use_dora or not isinstance(init, bool)):
             raise ValueError(
                 f"{type(self).__name__}: lora_bias goes with init_lora_weights True or False and without use_dora; "
@@ -286,7 +290,7 @@ class LoraConfig(PeftConfig):
 _UNSUPPORTED = frozenset(
     """megatron_config megatron_core corda_config lora_ga_config
     velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config runtime_config
-    use_bdlora arrow_config kasa_config ensure_weight_tying""".split()
+    use_bdlora arrow_config kasa_config""".split()
 )
 
 

@@ -6,13 +6,16 @@
     hotswap_adapter(model, "adapter-1", adapter_name="default")
 
 A compiled graph has ranks and numbers built in. So ranks are padded to one (rows of zeros in A, columns in B, which change
-nothing), scalings become tensors, and a swap writes values into what is there. Names and arguments are PEFT's.
+nothing), scalings become tensors, and a swap writes values into what is there. Names and arguments are PEFT's. All of LoRA's
+layers can be swapped: linear ones, embeddings, convolutions, nn.MultiheadAttention, Parameters (PEFT: linear ones and Conv2d).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,11 +25,18 @@ from pyfastpeft import checkpoint
 from pyfastpeft.adapted_model import AdaptedModel
 from pyfastpeft.inject import find_targets
 from pyfastpeft.methods.base import KEY_PREFIX, PeftType, adapter_holders
+from pyfastpeft.methods.lora.attention import LoraAttention
 from pyfastpeft.methods.lora.config import LoraConfig
+from pyfastpeft.methods.lora.factor import Factor
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
+from pyfastpeft.methods.lora.method import LoraMethod
+from pyfastpeft.methods.lora.parameters import LoraParameters, find_parameters
+from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding
+from pyfastpeft.methods.lora.tied import check_agreement, followers_tensors
 from pyfastpeft.methods.registry import method_for
 
+_KINDS = (LoraLinear, LoraEmbedding, LoraConv, LoraAttention, LoraParameters)
 _HUB_KEYWORDS = frozenset("revision token cache_dir force_download local_files_only proxies".split())
 
 
@@ -45,7 +55,7 @@ def prepare_model_for_compiled_hotswap(
                      leave the scaling as it is; without it, files keep the adapter's own rank
     check_compiled   what to do with a model that is compiled already: "error", "warn" or "ignore"
     Raises ValueError, with nothing changed: a compiled model, no LoRA adapter, an adapter of a higher rank, one that is
-    merged.
+    merged, a convolution whose groups do not divide target_rank.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ValueError(f"check_compiled is {check_compiled!r}, expected 'error', 'warn' or 'ignore'")
@@ -61,22 +71,27 @@ def prepare_model_for_compiled_hotswap(
         raise ValueError(f"target_rank is {target_rank!r}, expected a positive integer or None")
     layers = _lora_layers(getattr(model, "_orig_mod", model))
     if not layers:
-        raise ValueError(
-            "prepare_model_for_compiled_hotswap: the model has no LoRA adapter on a linear layer; load the first one before"
-        )
+        raise ValueError("prepare_model_for_compiled_hotswap: the model has no LoRA adapter; load the first one before")
     for path, layer in layers.items():
         if layer.merged_adapters:
             raise ValueError(f"{path}: adapters {list(layer.merged_adapters)} are merged; unmerge_adapter() first")
-        for name in layer.lora_A:
-            rank = len(layer.lora_A[name].weight)
-            if target_rank is not None and rank > target_rank:
-                raise ValueError(f"{path}: adapter {name!r} has rank {rank}, more than target_rank {target_rank}")
+        for name in layer.held_adapters() if target_rank is not None else ():
+            for factor in layer.ranked(name):
+                if factor.rank > target_rank:
+                    raise ValueError(
+                        f"{path}: adapter {name!r} has rank {factor.rank}, more than target_rank {target_rank}"
+                    )
+                if target_rank % max(factor.divide, 1):
+                    raise ValueError(
+                        f"{path} is a convolution with groups={factor.divide}, which must divide target_rank, {target_rank}"
+                    )
     for layer in layers.values():
-        for name in layer.lora_A:
+        for name in layer.held_adapters():
             if target_rank is not None:
                 _resize(layer, name, target_rank)
-            if not isinstance(layer.scaling[name], torch.Tensor):
-                layer.scaling[name] = torch.tensor(float(layer.scaling[name]), device=layer.base.device)
+            if not _followed(layer, name):
+                layer.scaling_as_tensor(name)
+    _relink(layers)
     if target_rank is not None and config:
         for each in config.values() if isinstance(config, dict) else (config,):
             _raise_rank(each, target_rank)
@@ -99,10 +114,10 @@ def hotswap_adapter(
     A compiled model is not compiled again if prepare_model_for_compiled_hotswap() made room. Layers that the new adapter
     does not have add nothing afterwards; ranks, alpha, rsLoRA and dropout may differ (PEFT refuses the last three).
 
-    Raises ValueError, naming the file and what does not fit, with the model as it was: another method; DoRA, lora_bias or
-    biases in one of the two alone; layers or saved modules that the loaded adapter does not have; tensors that are missing
-    or of wrong shape; a rank above what was prepared; an initial value that changes the base (PiSSA, OLoRA, LoftQ); merged
-    adapters.
+    Raises ValueError, naming the file and what does not fit, with the model as it was: another method; DoRA, lora_bias,
+    biases or tied weights in one of the two alone; layers or saved modules that the loaded adapter does not have; tensors
+    that are missing or of wrong shape; a rank above what was prepared; an initial value that changes the base (PiSSA, OLoRA,
+    LoftQ); merged adapters.
     """
     adapted = _adapted(model)
     subfolder = kwargs.pop("subfolder", None)
@@ -114,48 +129,132 @@ def hotswap_adapter(
     found = checkpoint.read_tensors(model_name_or_path, subfolder, **kwargs)
     source = os.fspath(model_name_or_path)
     _check_configs(source, former, config)
-    layers = {path: layer for path, layer in _lora_layers(adapted).items() if adapter_name in layer.lora_A}
-    for path, layer in adapted.layers():
-        if adapter_name in layer.held_adapters() and path not in layers:
-            raise ValueError(
-                f"hotswap_adapter: adapter {adapter_name!r} has a {type(layer).__name__} at {path}, and only linear layers "
-                "can be swapped; load the other adapter with load_adapter()"
-            )
-    for path, layer in layers.items():
-        if layer.merged_adapters:
-            raise ValueError(
-                f"hotswap_adapter: adapters {list(layer.merged_adapters)} are merged into {path}; unmerge_adapter() first"
-            )
-    method = method_for(config.peft_type)
-    live = method.tensors(adapted.model, former, adapter_name)
-    if config.target_modules is None:
-        method.fill_targets(adapted.model, config, strict=False)
-    here = [path for path in find_targets(adapted.model, config, strict=False) if path in layers]
-    absent = {path: layer for path, layer in layers.items() if path not in here}
-    expected = {k: t for k, t in live.items() if not any(k.startswith(f"{KEY_PREFIX}{path}.lora_") for path in absent)}
+    layers = _swappable(adapted, adapter_name)
+    here = _factors_of(adapted.model, config, layers, adapter_name)
     found = {key: t for key, t in found.items() if ".original_module." not in key and ".modules_to_save." not in key}
-    values = _fitted(source, config, found, expected, {path: layers[path] for path in here}, adapter_name)
-
-    with torch.no_grad():
-        for path in here:
-            layer, rank, alpha = layers[path], config.rank_for(path), config.alpha_for(path)
-            if rank > len(layer.lora_A[adapter_name].weight):
-                _resize(layer, adapter_name, rank)
-            _set_scaling(layer, adapter_name, config.scaling(rank, alpha))
-            layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
-            layer.lora_dropout[adapter_name].p = config.lora_dropout
-        live = method.tensors(adapted.model, former, adapter_name)
-        for key, value in values.items():
-            target = live[key]
-            if value.shape != target.shape:
-                target.zero_()
-            target[tuple(slice(size) for size in value.shape)].copy_(value)
-        for layer in absent.values():
-            _empty(layer, adapter_name)
+    _swap(adapted, adapter_name, source, config, found, here)
     config.inference_mode = former.inference_mode
     config.base_model_name_or_path = former.base_model_name_or_path or config.base_model_name_or_path
     adapted.peft_config[adapter_name] = config
     checkpoint.warn_not_finite(source, found)
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """hotswap_adapter() with tensors that are here already.
+
+    state_dict         by the keys of a file ("….q_proj.lora_A.weight") or of the model ("….lora_A.default.weight")
+    config             the new adapter's, for its ranks and scalings; model.peft_config stays as it is, as in PEFT
+    parameter_prefix   what the names of LoRA's tensors begin with
+
+    Layers for which the state dict has nothing add nothing afterwards. Raises ValueError, with the model as it was, for keys
+    that are not the adapter's, for missing partners (A without B), and else as hotswap_adapter.
+    """
+    adapted = _adapted(model)
+    former = adapted.peft_config[adapted.check_known(adapter_name)]
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"hotswap_adapter_from_state_dict: config is a {type(config).__name__}, expected a LoraConfig")
+    if not isinstance(state_dict, Mapping) or not all(isinstance(t, torch.Tensor) for t in state_dict.values()):
+        raise TypeError("hotswap_adapter_from_state_dict: state_dict is not a mapping of names to tensors")
+    _check_configs("the state dict", former, config)
+    layers = _swappable(adapted, adapter_name)
+    found = {_file_key(key, adapter_name, parameter_prefix): tensor for key, tensor in state_dict.items()}
+    here = {}
+    for path, layer in layers.items():
+        keys = {key.removeprefix(f"{KEY_PREFIX}{path}.") for key in found if key.startswith(f"{KEY_PREFIX}{path}.")}
+        if isinstance(layer, LoraParameters):
+            # the key of the last Parameter is the plain one, that of the one before has a base_layer more
+            depth = sum(key.endswith("lora_A.weight") for key in keys)
+            parameters = [f.parameter for f in layer.ranked(adapter_name)][::2][:depth]
+            here[path] = layer.ranked(adapter_name, parameters) if depth else []
+        else:
+            here[path] = layer.ranked(adapter_name) if keys or _followed(layer, adapter_name) else []
+    here = {path: factors for path, factors in here.items() if factors}
+    _swap(adapted, adapter_name, "the state dict", config, found, here, only=parameter_prefix)
+
+
+def _file_key(key: str, name: str, prefix: str) -> str:
+    """The key of a file: without torch.compile's prefix and the adapter's name behind LoRA's part."""
+    key = key.replace("_orig_mod.", "")
+    pattern = rf"^(.*\.)?({re.escape(prefix)}\w+)\.{re.escape(name)}(\.weight|\.bias)?$"
+    match = re.match(pattern, key)
+    if not match:
+        return key
+    path, part, rest = match[1] or "", match[2], match[3] or ""
+    return f"{path}{part}" if part == f"{prefix}magnitude_vector" else f"{path}{part}{rest}"
+
+
+def _swap(
+    adapted: AdaptedModel,
+    name: str,
+    source: str,
+    config: LoraConfig,
+    found: dict[str, torch.Tensor],
+    here: dict[str, list[Factor]],
+    only: str | None = None,
+) -> None:
+    """Checks everything, then writes: `here` has the new adapter's factors by its layers, the others are emptied.
+
+    only   leave what is not LoRA's own (by this part of its keys) as it is
+    """
+    layers = _swappable(adapted, name)
+    tied = followers_tensors(adapted.model, name)
+    live = method_for(PeftType.LORA).tensors(adapted.model, adapted.peft_config[name], name)
+    if tied and any(key in found for key in tied):
+        check_agreement(found, live | tied)
+    found = {key: tensor for key, tensor in found.items() if key not in tied}
+    expected, factors = {}, {}
+    for key, tensor in live.items():
+        path = next((p for p in layers if key.startswith(f"{KEY_PREFIX}{p}.")), None)
+        lora = path is not None and ".lora_" in key
+        if only is not None and not lora:
+            continue
+        keys = {factor.key for factor in layers[path].ranked(name)} if lora else ()
+        if not lora or (path in here and key.removeprefix(f"{KEY_PREFIX}{path}.") not in keys):
+            expected[key] = tensor  # biases, DoRA's m, saved modules
+    for path, each in here.items():
+        for factor in each:
+            rank = config.rank_for(factor.path(path))
+            if rank > factor.rank and _is_prepared(layers[path], name):
+                raise ValueError(
+                    f"{source} has rank {rank} at {factor.path(path)} and the model was prepared for {factor.rank}; call "
+                    f"prepare_model_for_compiled_hotswap(model, target_rank={rank}) before torch.compile"
+                )
+            if rank % factor.divide:
+                raise ValueError(
+                    f"{source} has rank {rank} at {path}, which its groups, {factor.divide}, do not divide"
+                )
+            key = f"{KEY_PREFIX}{path}.{factor.key}"
+            expected[key] = torch.empty(factor.shape(rank), dtype=factor.tensor.dtype, device="meta")
+            factors[key] = factor, rank
+    checkpoint.check_tensors(source, found, expected)
+
+    with torch.no_grad():
+        for path, layer in layers.items():
+            if path not in here:
+                if not _followed(layer, name):
+                    layer.empty(name)
+                continue
+            if isinstance(layer, LoraParameters):
+                layer.empty(name)  # those of its Parameters that the new adapter does not have
+            layer.set_numbers(name, config, path)
+        for key, value in found.items():
+            if key in factors:
+                factor, rank = factors[key]
+                if rank > factor.rank:
+                    factor.resize(rank)
+                factor.write(value)
+            else:
+                live[key].copy_(value)
+        _relink(layers, name)
+        for layer in layers.values():
+            if _followed(layer, name):
+                layer.lora_dropout[name].p = config.lora_dropout
 
 
 def _adapted(model: nn.Module) -> AdaptedModel:
@@ -166,23 +265,64 @@ def _adapted(model: nn.Module) -> AdaptedModel:
     return adapted
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """{path: layer} of LoRA's own linear layers (not AdaLoRA's, whose ranks mean something), paths as in the base model."""
+def _lora_layers(model: nn.Module) -> dict[str, LoraLinear | LoraParameters]:
+    """{path: layer} of LoRA's own layers (not AdaLoRA's, whose ranks mean something), paths as in the base model."""
     adapted = model.__dict__.get("_modules", {}).get("base_model", model)  # a transformers model has a base_model too
     bare = adapted.model if isinstance(adapted, AdaptedModel) else model
-    return {path: holder for path, holder in adapter_holders(bare) if type(holder) is LoraLinear}
+    return {path: holder for path, holder in adapter_holders(bare) if type(holder) in _KINDS}
 
 
-def _resize(layer: LoraLinear, name: str, rank: int) -> None:
-    """A and B with so many ranks, the new ones zero; in parameters of their own."""
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    if len(a.weight) == rank:
-        return
-    for module, shape in ((a, (rank, a.weight.shape[1])), (b, (b.weight.shape[0], rank))):
-        padded = module.weight.new_zeros(shape)
-        padded[: module.weight.shape[0], : module.weight.shape[1]].copy_(module.weight.detach())
-        module.weight = nn.Parameter(padded, requires_grad=module.weight.requires_grad)
-    a.out_features = b.in_features = rank
+def _swappable(adapted: AdaptedModel, name: str) -> dict[str, LoraLinear | LoraParameters]:
+    """The adapter's layers; ValueError where they are merged."""
+    layers = {path: layer for path, layer in _lora_layers(adapted).items() if name in layer.held_adapters()}
+    for path, layer in layers.items():
+        if layer.merged_adapters:
+            raise ValueError(
+                f"hotswap_adapter: adapters {list(layer.merged_adapters)} are merged into {path}; unmerge_adapter() first"
+            )
+    return layers
+
+
+def _factors_of(
+    model: nn.Module, config: LoraConfig, layers: dict[str, LoraLinear | LoraParameters], name: str
+) -> dict[str, list[Factor]]:
+    """{path: factors} of those layers that the config names."""
+    method: LoraMethod = method_for(PeftType.LORA)
+    method.fill_targets(model, config, strict=False)
+    here = {}
+    if method.has_targets(config):
+        targets = find_targets(model, config, False, lambda bare: method.layer_class_for(bare) is not None)
+        here = {path: layers[path].ranked(name) for path in targets if isinstance(layers.get(path), LoraLinear)}
+    for path, layer in layers.items():  # whoever follows an embedding is named by it
+        if _followed(layer, name) and path in here:
+            leader = next(p for p, other in layers.items() if other is layer.followed[name])
+            here[leader] = layers[leader].ranked(name)
+    for path, (module, parameters) in find_parameters(model, config, here, strict=False).items():
+        if path in layers and layers[path] is module:
+            here[path] = module.ranked(name, parameters)
+    return {path: factors for path, factors in here.items() if factors}
+
+
+def _followed(layer: nn.Module, name: str) -> bool:
+    return name in getattr(layer, "followed", ())
+
+
+def _is_prepared(layer: nn.Module, name: str) -> bool:
+    scaling = layer.scaling[name]
+    return any(isinstance(s, torch.Tensor) for s in (scaling.values() if isinstance(scaling, dict) else (scaling,)))
+
+
+def _resize(layer: nn.Module, name: str, rank: int) -> None:
+    for factor in layer.ranked(name):
+        factor.resize(rank)
+
+
+def _relink(layers: Mapping[str, nn.Module], name: str | None = None) -> None:
+    """Those who follow an embedding get its numbers and, where they hold them, its new Parameters."""
+    for layer in layers.values():
+        for each in getattr(layer, "followed", ()):
+            if name in (None, each):
+                layer.take_numbers(each)
 
 
 def _raise_rank(config: LoraConfig, rank: int) -> None:
@@ -197,22 +337,6 @@ def _raise_rank(config: LoraConfig, rank: int) -> None:
     config.r, config.rank_pattern = rank, dict.fromkeys(config.rank_pattern, rank)
 
 
-def _set_scaling(layer: LoraLinear, name: str, value: float) -> None:
-    if isinstance(layer.scaling[name], torch.Tensor):
-        layer.scaling[name].fill_(value)
-    else:
-        layer.scaling[name] = value
-
-
-def _empty(layer: LoraLinear, name: str) -> None:
-    """The adapter adds nothing to this layer: B = 0, and DoRA's m the lengths of the base's rows."""
-    layer.lora_B[name].weight.zero_()
-    if layer.lora_B[name].bias is not None:
-        layer.lora_B[name].bias.zero_()
-    if name in layer.lora_magnitude_vector:
-        layer.reset_magnitude(name)
-
-
 def _check_configs(source: str, former: Any, config: Any) -> None:
     for what, each in (("the loaded adapter", former), (source, config)):
         if each.peft_type != PeftType.LORA:
@@ -222,26 +346,9 @@ def _check_configs(source: str, former: Any, config: Any) -> None:
                 f"hotswap_adapter: {what} has init_lora_weights={each.init_lora_weights!r}, which changes the base model's "
                 "weights; load such an adapter with from_pretrained"
             )
-    for field in ("use_dora", "lora_bias", "bias"):
+    for field in ("use_dora", "lora_bias", "bias", "ensure_weight_tying"):
         ours, theirs = getattr(former, field), getattr(config, field)
         if ours != theirs:
             raise ValueError(
                 f"hotswap_adapter: {source} has {field}={theirs!r} and the loaded adapter {ours!r}, expected the same"
             )
-
-
-def _fitted(source, config, found, expected, layers, name) -> dict[str, torch.Tensor]:
-    """The file's tensors, checked against the model's; those of A and B may have fewer ranks, if the config says so."""
-    shaped = dict(expected)
-    for path, layer in layers.items():
-        rank, held = config.rank_for(path), len(layer.lora_A[name].weight)
-        if rank > held and isinstance(layer.scaling[name], torch.Tensor):
-            raise ValueError(
-                f"{source} has rank {rank} at {path} and the model was prepared for {held}; call "
-                f"prepare_model_for_compiled_hotswap(model, target_rank={rank}) before torch.compile"
-            )
-        for part, size in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
-            key = f"{KEY_PREFIX}{path}.{part}.weight"
-            shaped[key] = torch.empty(size, dtype=expected[key].dtype, device="meta")
-    checkpoint.check_tensors(source, found, shaped)
-    return found

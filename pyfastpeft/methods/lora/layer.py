@@ -24,6 +24,7 @@ from torch import nn
 from pyfastpeft import ops
 from pyfastpeft.methods.base import MethodLayer
 from pyfastpeft.methods.lora.config import LoraConfig
+from pyfastpeft.methods.lora.factor import Factor, FactorOf, set_scaling
 from pyfastpeft.methods.lora.initial import draw_weights, draw_with_bias, take_from_base, takes_from_base
 from pyfastpeft.mixed_batch import MixedBatch
 from pyfastpeft.nn.base_linear import scaled
@@ -48,6 +49,7 @@ class LoraLinear(MethodLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.taken: set[str] = set()  # adapters whose first values were taken out of the base's weight
+        self.followed: dict[str, LoraLinear] = {}  # {adapter: the embedding's layer whose A and B these are} (tied.py)
         self._row_norms: tuple[tuple, torch.Tensor] | None = None
 
     def _apply(self, fn, recurse: bool = True):
@@ -116,7 +118,7 @@ class LoraLinear(MethodLayer):
         return list(self.lora_A)
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        if name not in self.lora_A:
+        if name not in self.lora_A or name in self.followed:
             return {}
         tensors = {"lora_A.weight": self.lora_A[name].weight, "lora_B.weight": self.lora_B[name].weight}
         if self.lora_B[name].bias is not None:
@@ -125,11 +127,76 @@ class LoraLinear(MethodLayer):
             tensors["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
         return tensors
 
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        followed = self.followed.get(name)
+        return super().adapter_parameters(name) if followed is None else followed.adapter_parameters(name)
+
+    def follow(self, name: str, embedding: LoraLinear, config: LoraConfig) -> None:
+        """Adds an adapter that is the embedding's, whose weight this layer has: A is its Bᵀ and B its Aᵀ."""
+        self.followed[name] = embedding
+        self.lora_A[name], self.lora_B[name] = FactorOf(embedding, name, "B"), FactorOf(embedding, name, "A")
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
+        self.take_numbers(name)
+
+    def ranked(self, name: str) -> list[Factor]:
+        """The adapter's tensors that have a dimension of ranks, by their keys in a file; none of one that follows another."""
+        if name in self.followed:
+            return []
+        parts = ("lora_A", self.lora_A[name], 0), ("lora_B", self.lora_B[name], 1)
+        return [Factor(f"{key}.weight", module, "weight", axis) for key, module, axis in parts]
+
+    @torch.no_grad()
+    def empty(self, name: str) -> None:
+        """The adapter adds nothing here: B = 0, and DoRA's m the lengths of the base's rows."""
+        self.lora_B[name].weight.zero_()
+        if self.lora_B[name].bias is not None:
+            self.lora_B[name].bias.zero_()
+        if name in self.lora_magnitude_vector:
+            self.reset_magnitude(name)
+
+    def set_numbers(self, name: str, config: LoraConfig, path: str) -> None:
+        """Rank, alpha, scaling and dropout as a config has them for this path; a scaling that is a tensor stays one."""
+        rank, alpha = config.rank_for(path), config.alpha_for(path)
+        self.r[name], self.lora_alpha[name] = rank, alpha
+        set_scaling(self.scaling, name, config.scaling(rank, alpha))
+        self.lora_dropout[name].p = config.lora_dropout
+
+    def scaling_as_tensor(self, name: str) -> None:
+        """Makes the scaling a tensor, which a compiled graph reads anew."""
+        if not isinstance(self.scaling[name], torch.Tensor):
+            self.scaling[name] = torch.tensor(float(self.scaling[name]), device=self.base.device)
+
+    def take_numbers(self, name: str) -> None:
+        """Rank, alpha and scaling are those of the layer that is followed."""
+        for mine, others in ((getattr(each, field) for each in (self, self.followed[name])) for field in _NUMBERS):
+            mine[name] = others[name]
+
+    def follows(self, names: Iterable[str]) -> bool:
+        here = self.mergeable(names)
+        leaders = {id(self.followed.get(name)): self.followed.get(name) for name in here}
+        leader = next(iter(leaders.values()), None)
+        shared = len(leaders) == 1 and leader is not None and leader.weight is self.weight
+        return shared and set(leader.mergeable(names)) == set(here)
+
+    @torch.no_grad()
+    def merge(self, names: Iterable[str], keep_snapshot: bool, dtype: torch.dtype | None = None) -> float:
+        names = self.mergeable(names)
+        if names and all(n in self.followed and self.followed[n].weight is self.weight for n in names):
+            self.merged_adapters += names  # the embedding writes the weight
+            return 0.0
+        return super().merge(names, keep_snapshot, dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self._snapshot is None and all(name in self.followed for name in self.merged_adapters):
+            self.merged_adapters = ()
+        super().unmerge()
+
     def remove_adapter(self, name: str) -> None:
         if name in self.merged_adapters:
             self.unmerge()
         modules = (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector)
-        for held in (*modules, self.r, self.lora_alpha, self.scaling):
+        for held in (*modules, self.r, self.lora_alpha, self.scaling, self.followed):
             if name in held:  # all of them, unless adding it failed half-way
                 del held[name]
         self.active = tuple(other for other in self.active if other != name)
@@ -253,6 +320,8 @@ class LoraLinear(MethodLayer):
     @torch.no_grad()
     def reinitialise(self, name: str) -> None:
         """A is drawn anew and B = 0, in place; the weights they made are someone else's affair (ReLoRA merges them)."""
+        if name in self.followed:
+            return  # with the embedding's
         a, b = draw_weights(self.in_features, self.out_features, self.r[name], True)
         self.lora_A[name].weight.copy_(a), self.lora_B[name].weight.copy_(b)
 
@@ -300,6 +369,9 @@ class LoraLinear(MethodLayer):
 def a_and_b_of_nothing(K: int, N: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Factors of rank 0."""
     return torch.empty(0, K, device=device), torch.empty(N, 0, device=device), 1.0
+
+
+_NUMBERS = ("r", "lora_alpha", "scaling")
 
 
 class Magnitude(nn.Module):

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyfastpeft.inject import sharing_weights, tied_targets
-from pyfastpeft.methods.base import KEY_PREFIX, PeftType, bare_modules, named_by
+from pyfastpeft.inject import sharing_weights, tied_targets, warn_tied
+from pyfastpeft.methods.base import KEY_PREFIX, PeftType, bare_modules
 from pyfastpeft.methods.layer_method import LayerMethod
 from pyfastpeft.methods.lora.attention import LoraAttention, check_attention
 from pyfastpeft.methods.lora.combine import KINDS, check_combination, combine_factors
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
-from pyfastpeft.methods.lora.parameters import add_parameters, find_parameters
+from pyfastpeft.methods.lora.parameters import LoraParameters, add_parameters, find_parameters
 from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding, check_table
 from pyfastpeft.methods.lora.targets import default_target_modules
+from pyfastpeft.methods.lora.tied import add_followers, check_agreement, find_tied_targets, followers_tensors
 from pyfastpeft.nn.base_tables import BaseAttention, BaseConv, BaseEmbedding, as_base_layer
 from pyfastpeft.replicate_layers import replicate_layers, restore_layers
 from pyfastpeft.saved_modules import ModulesToSaveWrapper
@@ -44,11 +45,18 @@ class LoraMethod(LayerMethod):
     def has_targets(self, config: LoraConfig) -> bool:
         return bool(config.target_modules) or not config.target_parameters
 
-    def find_more(self, model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module], strict: bool) -> Any:
-        return find_parameters(model, config, targets, strict)
+    def find_more(self, model: nn.Module, config: LoraConfig, targets: dict, saved: Iterable[str], strict: bool) -> Any:
+        followers = find_tied_targets(model, config, targets, saved) if config.ensure_weight_tying else {}
+        return find_parameters(model, config, targets, strict), followers
 
     def add_more(self, model: nn.Module, more: Any, config: LoraConfig, adapter_name: str, *, fp32: bool, init: bool):
-        add_parameters(model, more, config, adapter_name, fp32=fp32, init=init)
+        parameters, followers = more
+        add_parameters(model, parameters, config, adapter_name, fp32=fp32, init=init)
+        add_followers(model, followers, config, adapter_name)
+
+    def note_ties(self, model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
+        if not config.ensure_weight_tying:
+            warn_tied(model, targets)
 
     def layer_class_for(self, bare: nn.Module) -> type[LoraLinear] | None:
         view = as_base_layer(bare)
@@ -82,7 +90,11 @@ class LoraMethod(LayerMethod):
         """Changes the base as init_lora_weights says. Holds a copy of the weights meanwhile, for the case of an error."""
         layers, undo, errors = self._layers(model, adapter_name), [], {}
         # an embedding beside them begins as plain LoRA, as in PEFT
-        layers = {path: layer for path, layer in layers.items() if not isinstance(layer, LoraEmbedding)}
+        layers = {
+            path: layer
+            for path, layer in layers.items()
+            if not isinstance(layer, LoraEmbedding) and adapter_name not in layer.followed
+        }
         for path, other in tied_targets(model, layers):
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of {path}, which is {other}'s too; leave "
@@ -151,6 +163,7 @@ class LoraMethod(LayerMethod):
         config = dataclasses.replace(
             configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False, bias="none",
             init_lora_weights=True, loftq_config={}, layers_to_transform=None, layers_pattern=None, exclude_modules=None,
+            ensure_weight_tying=all(config.ensure_weight_tying for config in configs),
             target_modules=set(layers), modules_to_save=adapted.peft_config[saved[0]].modules_to_save if saved else None,
             inference_mode=True,
         )  # fmt: skip
@@ -158,22 +171,25 @@ class LoraMethod(LayerMethod):
         adapted.add_adapter(name, config, fp32=wide in (torch.float32, torch.float64), init=False)
         with torch.no_grad():
             for path, layer in self._layers(adapted.model, name).items():
-                layer.set_factors(name, *factors[path])
+                if name not in layer.followed:
+                    layer.set_factors(name, *factors[path])
             for source, target in zip(_saved(adapted, saved[0]) if saved else (), _saved(adapted, name), strict=True):
                 target.copy_(source)
 
-    def to_file(self, tensors, config: LoraConfig):
-        """Without the ranks that prepare_model_for_compiled_hotswap added."""
-        kept = dict(tensors)
-        for key, tensor in tensors.items():
-            path, _, part = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
-            if config.target_parameters and not _is_target(path, config):
-                continue  # a Parameter's A and B hold the ranks of all its experts
-            if part == "A.weight" and tensor.dim() == 2:
-                kept[key] = tensor[: config.rank_for(path)]
-            elif part == "B.weight" and tensor.dim() == 2:
-                kept[key] = tensor[:, : config.rank_for(path)].contiguous()
-        return kept
+    def file_tensors(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Without the ranks that prepare_model_for_compiled_hotswap added, and with the factors of layers that follow an
+        embedding, which PEFT's files have."""
+        tensors, cut = self.tensors(model, config, adapter_name), {}
+        for path, layer in bare_modules(model):
+            if isinstance(layer, (self.layer_class, LoraParameters)) and adapter_name in layer.held_adapters():
+                for factor in layer.ranked(adapter_name):
+                    rank = min(config.rank_for(factor.path(path)), factor.rank)
+                    cut[f"{KEY_PREFIX}{path}.{factor.key}"] = factor.cut(rank)
+        return tensors | cut | followers_tensors(model, adapter_name, cut)
+
+    def from_file(self, found, live, config: LoraConfig):
+        check_agreement(found, live)
+        return found
 
     def resume_tensors(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, torch.Tensor]:
         """The weights of the layers whose base ReLoRA has changed, as their state dicts have them."""
@@ -200,7 +216,7 @@ class LoraMethod(LayerMethod):
                 f"{self.resume_name} does not fit the model, nothing was loaded: {len(problems)} layers differ (first: "
                 f"{problems[0]}). Is it the base model, quantised the same way, that the adapter was trained on?"
             )
-        return self.tensors(model, config, adapter_name)
+        return self.tensors(model, config, adapter_name) | followers_tensors(model, adapter_name)
 
     def finish_loading(self, model: nn.Module, config: LoraConfig, adapter_name: str, live, resume) -> None:
         layers = self._layers(model, adapter_name)
@@ -221,11 +237,6 @@ def _saved(adapted, name: str) -> list[torch.Tensor]:
     """The tensors of an adapter's modules_to_save, in the model's order."""
     holders = (holder for _, holder in adapted.holders() if isinstance(holder, ModulesToSaveWrapper))
     return [tensor for holder in holders for tensor in holder.adapter_tensors(name).values()]
-
-
-def _is_target(path: str, config: LoraConfig) -> bool:
-    wanted = config.target_modules
-    return re.fullmatch(wanted, path) is not None if isinstance(wanted, str) else named_by(path, wanted)
 
 
 def _weight_state(module: nn.Module) -> dict[str, torch.Tensor]:

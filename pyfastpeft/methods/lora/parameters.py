@@ -20,6 +20,7 @@ from torch import nn
 from pyfastpeft.methods.base import AdapterHolder, MethodLayer, bare_modules, replace_module
 from pyfastpeft.methods.lora.added_weight import AddedWeight
 from pyfastpeft.methods.lora.config import LoraConfig
+from pyfastpeft.methods.lora.factor import Factor, set_scaling
 from pyfastpeft.methods.lora.initial import draw_weights
 
 
@@ -101,6 +102,41 @@ class LoraParameters(MethodLayer):
             tensors[f"{nested}lora_A.weight"] = self.lora_A[name][parameter]
             tensors[f"{nested}lora_B.weight"] = self.lora_B[name][parameter]
         return tensors
+
+    def ranked(self, name: str, parameters: Iterable[str] | None = None) -> list[Factor]:
+        """parameters: those that a file has, of which its keys are made (None: the adapter's own)."""
+        here = [p for p in self.scaling[name] if parameters is None or p in parameters]
+        factors = []
+        for depth, parameter in enumerate(reversed(here)):
+            experts, nested = self._sizes(getattr(self.base_layer, parameter))[0], "base_layer." * depth
+            for part, held, axis, blocks in (("A", self.lora_A, 0, experts), ("B", self.lora_B, 1, 1)):
+                key = f"{nested}lora_{part}.weight"
+                factors.append(Factor(key, held[name], parameter, axis, blocks, experts, parameter=parameter))
+        return factors
+
+    def set_numbers(self, name: str, config: LoraConfig, path: str) -> None:
+        for parameter in self.scaling[name]:
+            rank, alpha = (of(f"{path}.{parameter}") for of in (config.rank_for, config.alpha_for))
+            set_scaling(self.scaling[name], parameter, config.scaling(rank, alpha))
+
+    def scaling_as_tensor(self, name: str) -> None:
+        for parameter, value in self.scaling[name].items():
+            device = self.lora_A[name][parameter].device
+            self.scaling[name][parameter] = torch.as_tensor(value, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def empty(self, name: str) -> None:
+        """The adapter adds nothing here: B = 0."""
+        for b in self.lora_B[name].values():
+            b.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        result = super()._apply(fn, recurse)
+        for name, scalings in self.scaling.items():  # tensors once they are prepared for hotswap
+            for parameter, value in scalings.items():
+                if isinstance(value, torch.Tensor):
+                    scalings[parameter] = value.to(self.lora_A[name][parameter].device)
+        return result
 
     def remove_adapter(self, name: str) -> None:
         if name in self.merged_adapters:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pyfastpeft.methods.lora.config import LoraConfig
+from pyfastpeft.methods.lora.factor import Factor
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear, Magnitude
 from pyfastpeft.mixed_batch import by_adapter
@@ -117,12 +118,33 @@ class LoraEmbedding(Beside):
         return list(self.lora_embedding_A)
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        if name not in self.lora_embedding_A:
+        if name not in self.lora_embedding_A or name in self.followed:
             return {}
         tensors = {"lora_embedding_A": self.lora_embedding_A[name], "lora_embedding_B": self.lora_embedding_B[name]}
         if name in self.lora_magnitude_vector:
             tensors["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
         return tensors
+
+    def ranked(self, name: str) -> list[Factor]:
+        held = ("lora_embedding_A", self.lora_embedding_A, 0), ("lora_embedding_B", self.lora_embedding_B, 1)
+        return [] if name in self.followed else [Factor(key, values, name, axis) for key, values, axis in held]
+
+    @torch.no_grad()
+    def empty(self, name: str) -> None:
+        self.lora_embedding_A[name].zero_()
+        if name in self.lora_magnitude_vector:
+            self.reset_magnitude(name)
+
+    def follow(self, name: str, embedding: LoraEmbedding, config: LoraConfig) -> None:
+        """Adds an adapter that is another embedding's, whose weight this one has: A and B are the same Parameters."""
+        self.followed[name] = embedding
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
+        self.take_numbers(name)
+
+    def take_numbers(self, name: str) -> None:
+        super().take_numbers(name)
+        for factor in ("lora_embedding_A", "lora_embedding_B"):
+            getattr(self, factor)[name] = getattr(self.followed[name], factor)[name]
 
     def remove_adapter(self, name: str) -> None:
         super().remove_adapter(name)
@@ -149,6 +171,8 @@ class LoraEmbedding(Beside):
 
     @torch.no_grad()
     def reinitialise(self, name: str) -> None:
+        if name in self.followed:
+            return  # with the other's
         self.lora_embedding_A[name].zero_(), self.lora_embedding_B[name].normal_()
 
     def _bias(self, names) -> None:
@@ -190,6 +214,14 @@ class LoraConv(Beside):
         self.lora_B[name] = Kernel(self._parameter(b, fp32), bias).train(self.training)
         if config.use_dora:
             self._add_magnitude(name, (1, self.out_features, *ones), fp32, init)
+
+    def ranked(self, name: str) -> list[Factor]:
+        """With groups, each takes its own part of A's ranks."""
+        groups = self.base_layer.groups
+        return [
+            Factor("lora_A.weight", self.lora_A[name], "weight", 0, blocks=groups),
+            Factor("lora_B.weight", self.lora_B[name], "weight", 1, divide=groups),
+        ]
 
     def along_features(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.view(-1, *[1] * len(self.base_layer.kernel_size))

@@ -44,9 +44,9 @@ def merge_and_reinit(model: nn.Module, adapter_names: Iterable[str] | None = Non
             layer.check_merge(names, safe=True)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    adapted.untie(layers)
+    adapted.untie(layers, names)
     errors = {}
-    for path, layer in layers:
+    for path, layer in [(path, layer) for path, layer in layers if not layer.follows(names)]:
         here = layer.mergeable(names)
         weight, _ = layer.merged_weights(here)
         errors[path] = layer.base.set_weight(weight)

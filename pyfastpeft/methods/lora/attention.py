@@ -104,7 +104,7 @@ class LoraAttention(Beside):
                 tensors[f"{projection.key}lora_magnitude_vector"] = magnitude
         return tensors
 
-    def ranked(self, name: str) -> list[Factor]:
+    def ranked(self, name: str, parameters: Iterable[str] | None = None) -> list[Factor]:
         return [
             Factor(f"{each.key}lora_{part}.weight", self._held(each, f"lora_{part}")[name], "weight", axis)
             for each in self.projections

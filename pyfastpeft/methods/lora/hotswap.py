@@ -133,9 +133,6 @@ def hotswap_adapter(
     here = _factors_of(adapted.model, config, layers, adapter_name)
     found = {key: t for key, t in found.items() if ".original_module." not in key and ".modules_to_save." not in key}
     _swap(adapted, adapter_name, source, config, found, here)
-    config.inference_mode = former.inference_mode
-    config.base_model_name_or_path = former.base_model_name_or_path or config.base_model_name_or_path
-    adapted.peft_config[adapter_name] = config
     checkpoint.warn_not_finite(source, found)
 
 
@@ -149,7 +146,8 @@ def hotswap_adapter_from_state_dict(
     """hotswap_adapter() with tensors that are here already.
 
     state_dict         by the keys of a file ("….q_proj.lora_A.weight") or of the model ("….lora_A.default.weight")
-    config             the new adapter's, for its ranks and scalings; model.peft_config stays as it is, as in PEFT
+    config             the new adapter's, for its ranks, scalings and target_parameters; it becomes model.peft_config[adapter_name],
+                       so that a later save_pretrained() writes what is here
     parameter_prefix   what the names of LoRA's tensors begin with
 
     Layers for which the state dict has nothing add nothing afterwards. Raises ValueError, with the model as it was, for keys
@@ -164,18 +162,16 @@ def hotswap_adapter_from_state_dict(
     _check_configs("the state dict", former, config)
     layers = _swappable(adapted, adapter_name)
     found = {_file_key(key, adapter_name, parameter_prefix): tensor for key, tensor in state_dict.items()}
-    here = {}
+    here, parameters = (
+        {},
+        {p: names for p, (_, names) in find_parameters(adapted.model, config, {}, strict=False).items()},
+    )
     for path, layer in layers.items():
         keys = {key.removeprefix(f"{KEY_PREFIX}{path}.") for key in found if key.startswith(f"{KEY_PREFIX}{path}.")}
-        if isinstance(layer, LoraParameters):
-            # the key of the last Parameter is the plain one, that of the one before has a base_layer more
-            depth = sum(key.endswith("lora_A.weight") for key in keys)
-            parameters = [f.parameter for f in layer.ranked(adapter_name)][::2][:depth]
-            here[path] = layer.ranked(adapter_name, parameters) if depth else []
-        else:
-            here[path] = layer.ranked(adapter_name) if keys or _followed(layer, adapter_name) else []
+        if keys or _followed(layer, adapter_name):
+            here[path] = layer.ranked(adapter_name, parameters.get(path, ()))
     here = {path: factors for path, factors in here.items() if factors}
-    _swap(adapted, adapter_name, "the state dict", config, found, here, only=parameter_prefix)
+    _swap(adapted, adapter_name, "the state dict", config.copy(), found, here, only=parameter_prefix)
 
 
 def _file_key(key: str, name: str, prefix: str) -> str:
@@ -231,30 +227,44 @@ def _swap(
                 )
             key = f"{KEY_PREFIX}{path}.{factor.key}"
             expected[key] = torch.empty(factor.shape(rank), dtype=factor.tensor.dtype, device="meta")
-            factors[key] = factor, rank
+            factors[key] = factor
     checkpoint.check_tensors(source, found, expected)
 
     with torch.no_grad():
         for path, layer in layers.items():
-            if path not in here:
-                if not _followed(layer, name):
-                    layer.empty(name)
+            if _followed(layer, name):
                 continue
-            if isinstance(layer, LoraParameters):
-                layer.empty(name)  # those of its Parameters that the new adapter does not have
+            for factor in layer.ranked(name):  # a file must be able to hold them all
+                if config.rank_for(factor.path(path)) > factor.rank and not _is_prepared(layer, name):
+                    factor.resize(config.rank_for(factor.path(path)))
+            if path not in here or isinstance(layer, LoraParameters):
+                layer.empty(name)  # what the new adapter does not have
             layer.set_numbers(name, config, path)
         for key, value in found.items():
             if key in factors:
-                factor, rank = factors[key]
-                if rank > factor.rank:
-                    factor.resize(rank)
-                factor.write(value)
+                factors[key].write(value)
             else:
                 live[key].copy_(value)
         _relink(layers, name)
         for layer in layers.values():
             if _followed(layer, name):
                 layer.lora_dropout[name].p = config.lora_dropout
+    former = adapted.peft_config[name]
+    config.inference_mode = former.inference_mode
+    config.base_model_name_or_path = former.base_model_name_or_path or config.base_model_name_or_path
+    adapted.peft_config[name] = config
+    _name_all(config, layers, here, name)
+
+
+def _name_all(config: LoraConfig, layers: dict, here: dict[str, list[Factor]], name: str) -> None:
+    """Where the new adapter lacks layers, which are empty now but there (and may be trained): a config that names all."""
+    whole = {path: layer.ranked(name) for path, layer in layers.items() if not _followed(layer, name)}
+    if all(len(here.get(path, ())) == len(factors) for path, factors in whole.items()):
+        return
+    parameters = [f.path(path) for path, factors in whole.items() for f in factors[::2] if f.parameter is not None]
+    config.target_modules = {path for path, layer in layers.items() if not isinstance(layer, LoraParameters)}
+    config.target_parameters = parameters or None
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def _adapted(model: nn.Module) -> AdaptedModel:

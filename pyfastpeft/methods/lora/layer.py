@@ -138,8 +138,11 @@ class LoraLinear(MethodLayer):
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
         self.take_numbers(name)
 
-    def ranked(self, name: str) -> list[Factor]:
-        """The adapter's tensors that have a dimension of ranks, by their keys in a file; none of one that follows another."""
+    def ranked(self, name: str, parameters: Iterable[str] | None = None) -> list[Factor]:
+        """The adapter's tensors that have a dimension of ranks, by their keys in a file; none of one that follows another.
+
+        parameters: LoraParameters' alone
+        """
         if name in self.followed:
             return []
         parts = ("lora_A", self.lora_A[name], 0), ("lora_B", self.lora_B[name], 1)

@@ -8,6 +8,7 @@ DoRA as in layer.py, with a row of W for each output feature: y = base(x) + (g â
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ class LoraEmbedding(Beside):
             tensors["lora_magnitude_vector"] = self.lora_magnitude_vector[name].weight
         return tensors
 
-    def ranked(self, name: str) -> list[Factor]:
+    def ranked(self, name: str, parameters: Iterable[str] | None = None) -> list[Factor]:
         held = ("lora_embedding_A", self.lora_embedding_A, 0), ("lora_embedding_B", self.lora_embedding_B, 1)
         return [] if name in self.followed else [Factor(key, values, name, axis) for key, values, axis in held]
 
@@ -215,7 +216,7 @@ class LoraConv(Beside):
         if config.use_dora:
             self._add_magnitude(name, (1, self.out_features, *ones), fp32, init)
 
-    def ranked(self, name: str) -> list[Factor]:
+    def ranked(self, name: str, parameters: Iterable[str] | None = None) -> list[Factor]:
         """With groups, each takes its own part of A's ranks."""
         groups = self.base_layer.groups
         return [

@@ -60,7 +60,7 @@ def find_targets(
         kinds = ", ".join(f"{path} ({_kind(modules[path])})" for path in wrong[:5])
         raise ValueError(
             f"target_modules matches {len(wrong)} modules that are not layers this method can adapt: {kinds}; "
-            "expected nn.Linear, Conv1D or NF4Linear (LoRA: nn.Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention too; (IA)³: the "
+            "expected nn.Linear, Conv1D or NF4Linear (LoRA: nn.Embedding, Conv1d to 3d, ConvTranspose1d to 3d, MultiheadAttention too; (IA)³: the "
             "convolutions). Name such layers, or take the others out with "
             "exclude_modules"
         )

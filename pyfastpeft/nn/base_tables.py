@@ -1,7 +1,8 @@
-"""Embeddings, convolutions and packed attention as a method sees them: the linear map W [N, K] that merging an adapter writes into.
+"""Embeddings, convolutions and attention as a method sees them: the linear map W [N, K] that merging an adapter writes into.
 
     nn.Embedding       y = onehot(x) Wᵀ       W = weightᵀ [D, V], so K = V tokens and N = D features
     nn.Conv1d, 2d, 3d  y = patches(x) Wᵀ      W = weight [N, K/groups · k], the kernel's positions in one row
+    ConvTranspose1d-3d                        W [N, K/groups · k] of a weight [K, N/groups, k]: a row for each output channel
 
 Both are dense: quantize_model leaves them alone. Only linear layers can be what "all-linear", quantisation and BitFit
 mean, so as_base_linear() knows nothing of these; as_base_layer() does.
@@ -16,6 +17,7 @@ from pyfastpeft.nn.base_linear import BaseLinear, as_base_linear
 from pyfastpeft.nn.dense import relative_error
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class BaseAttention(BaseLinear):
@@ -113,7 +115,7 @@ class BaseConv(BaseLinear):
         """As for a linear base; the weight may also lie in memory in another order (channels last)."""
         target = self.module.weight
         if target.is_contiguous() or "weight" not in self.module._parameters:
-            return super().set_weight(weight)
+            return BaseLinear.set_weight(self, weight)
         self._check_new_weight(weight)
         target.detach().copy_(weight.view(target.shape))
         return relative_error(target.detach().flatten(1), weight)
@@ -121,6 +123,29 @@ class BaseConv(BaseLinear):
     def _expected_shape(self) -> tuple[int, ...]:
         weight = self.module.weight
         return weight.shape[0], weight[0].numel()
+
+
+class BaseConvTranspose(BaseConv):
+    """nn.ConvTranspose1d, 2d, 3d: in_features K and out_features N are channels."""
+
+    module: nn.ConvTranspose2d
+
+    def _weight(self) -> torch.Tensor:
+        weight, groups = self.module.weight, self.module.groups
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def _expected_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.module.weight.numel() // self.out_features
+
+    @torch.no_grad()
+    def set_weight(self, weight: torch.Tensor) -> float:
+        self._check_new_weight(weight)
+        module = self.module
+        if "weight" not in module._parameters:
+            return BaseLinear.set_weight(self, weight)  # which says why not
+        parts = weight.view(module.groups, -1, module.in_channels // module.groups, *module.kernel_size)
+        module.weight.detach().copy_(parts.transpose(1, 2).flatten(0, 1))
+        return relative_error(self._weight().detach(), weight)
 
 
 def as_base_layer(module: nn.Module) -> BaseLinear | None:
@@ -135,4 +160,6 @@ def as_base_layer(module: nn.Module) -> BaseLinear | None:
         return None
     if isinstance(module, nn.Embedding):
         return BaseEmbedding(module)
+    if isinstance(module, TRANSPOSED):
+        return BaseConvTranspose(module)
     return BaseConv(module) if isinstance(module, CONVOLUTIONS) else None

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-LAYERS = ["table", "line", "plane", "grouped", "attn", "cross", "head"]
+LAYERS = ["table", "line", "plane", "grouped", "up", "attn", "cross", "head"]
 PARAMETERS = ["experts.up", "experts.down"]
 IDS = torch.tensor([[1, 5, 5, 0], [0, 9, 10, 3]])
 
@@ -33,6 +33,7 @@ class Every(nn.Module):
         self.table = nn.Embedding(11, 8)
         self.line, self.plane = nn.Conv1d(8, 8, 3, padding=1), nn.Conv2d(1, 4, 3, padding=1, groups=1)
         self.grouped = nn.Conv1d(8, 6, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose1d(8, 8, 3, padding=1, groups=2)
         self.attn, self.cross = (
             nn.MultiheadAttention(8, 2, batch_first=True, **m) for m in ({}, {"kdim": 6, "vdim": 6})
         )
@@ -42,6 +43,7 @@ class Every(nn.Module):
     def forward(self, ids):
         x = self.table(ids)
         x = x + self.line(x.mT).mT + self.plane(x[:, None]).mean(1)
+        x = x + self.up(x.mT).mT
         x = x + self.attn(x, x, x)[0] + self.experts(x)
         other = self.grouped(x.mT).mT
         return self.head(x + self.cross(x, other, other)[0])

@@ -42,7 +42,7 @@ def folders(tmp_path):
             rank_pattern={"attn": 5, "experts.up": 3},
             alpha_pattern={"table": 1, "experts.down": 4},
         ),
-        saved(tmp_path / "part", 4, r=4, target_modules=["grouped", "cross"], target_parameters=["experts.up"]),
+        saved(tmp_path / "part", 4, r=4, target_modules=["grouped", "up", "cross"], target_parameters=["experts.up"]),
         saved(tmp_path / "few", 5, target_modules=["table", "plane"], target_parameters=None),
     ]
 
@@ -87,7 +87,7 @@ def test_without_preparation(folders, tmp_path):
 @torch.no_grad()
 def test_variants(variant, tmp_path):
     """DoRA's lengths and the biases of B are swapped, and reset where the new adapter has no layer."""
-    names = ["line", "plane", "attn", "cross", "head"] + (["table"] if "use_dora" in variant else [])
+    names = ["line", "plane", "up", "attn", "cross", "head"] + (["table"] if "use_dora" in variant else [])
     common = {"target_parameters": None} | variant
     first = saved(tmp_path / "a", 1, target_modules=names, **common)
     second = saved(tmp_path / "b", 2, r=4, target_modules=names, **common)

@@ -20,6 +20,13 @@ CONVOLUTIONS = {
     "circular": lambda: nn.Conv1d(3, 4, 3, padding=2, padding_mode="circular", dilation=2),
     "channels last": lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
     "point": lambda: nn.Conv2d(3, 4, 1),
+    "transposed 1d": lambda: nn.ConvTranspose1d(3, 5, 3, stride=2, padding=1, output_padding=1),
+    "transposed 2d": lambda: nn.ConvTranspose2d(
+        3, 5, (2, 3), stride=(1, 2), padding=(1, 0), dilation=(2, 1), bias=False
+    ),
+    "transposed 3d": lambda: nn.ConvTranspose3d(2, 3, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)),
+    "transposed groups": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2),
+    "transposed depthwise": lambda: nn.ConvTranspose1d(2, 2, 4, groups=2),
 }
 
 
@@ -50,8 +57,16 @@ def adapt(layer, **options):
 
 def direct(layer, adapted, x):
     """The update written out: the base with the weight W + s B A."""
-    a, b, scaling = adapted.factors("default")
-    changed = copy.deepcopy(layer)
+    changed, scaling = copy.deepcopy(layer), adapted.scaling["default"]
+    if type(layer).__name__.startswith("ConvTranspose"):
+        a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+        ranks, inputs = (n // layer.groups for n in (len(a), layer.in_channels))
+        for i in range(layer.in_channels):
+            group, inner = divmod(i, inputs)
+            for r in range(group * ranks, (group + 1) * ranks):
+                changed.weight.data[i] += scaling * a[r, inner].item() * b[r].data
+        return changed(x)
+    a, b, _ = adapted.factors("default")
     changed.weight.data = layer.weight.data + scaling * (b @ a).view_as(layer.weight)
     return changed(x)
 
@@ -94,7 +109,7 @@ def test_convolution_and_its_merge(kind, dora):
     torch.testing.assert_close(merged(x), y, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["1d", "2d", "channels last"])
+@pytest.mark.parametrize("kind", ["1d", "2d", "channels last", "transposed 1d", "transposed groups"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_new_adapters_change_nothing_in_bf16(kind, dora):
     layer = CONVOLUTIONS[kind]().bfloat16()
@@ -237,7 +252,9 @@ BAD = {
     "dora": (lambda: nn.Conv1d(4, 4, 3, groups=2), {"use_dora": True}, "groups=2 cannot have DoRA"),
     "pissa": (lambda: nn.Conv1d(4, 4, 3), {"init_lora_weights": "pissa"}, "is for linear layers"),
     "forward": (lambda: OddConv(4, 4, 3), {}, "OddConv with a forward of its own"),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3), {}, r"layer \(ConvTranspose2d\)"),
+    "transposed rank": (lambda: nn.ConvTranspose1d(6, 6, 3, groups=3), {}, r"groups=3, which must divide the rank, 2"),
+    "transposed pissa": (lambda: nn.ConvTranspose2d(4, 4, 3), {"init_lora_weights": "olora"}, "is for linear layers"),
+    "pooling": (lambda: nn.MaxPool2d(3), {}, r"layer \(MaxPool2d\)"),
 }
 
 
@@ -248,6 +265,74 @@ def test_bad_input_leaves_the_model_as_it_was(make, options, message):
     with pytest.raises(ValueError, match=message):
         pf.get_peft_model(model, pf.LoraConfig(r=2, target_modules=["layer"], **options))
     assert set(model.state_dict()) == keys and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_transposed_convolutions_output_size_file_and_bias(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2)
+    plain, x = copy.deepcopy(layer), image(layer)
+    model = adapt(layer, lora_bias=True, lora_dropout=0.3).eval()
+    with torch.no_grad():
+        y = model.base_model.model.layer(x, output_size=[18, 16])
+        assert y.shape[2:] == (18, 16)
+        changed = copy.deepcopy(plain)
+        inner = model.base_model.model.layer
+        changed.bias += inner.scaling["default"] * inner.lora_B["default"].bias
+        expected = direct(changed, inner, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = pf.PeftModel.from_pretrained(One(copy.deepcopy(plain)), tmp_path)
+    assert torch.equal(again(x), model(x))
+    mixed = model(x, adapter_names=["__base__", "default"])
+    torch.testing.assert_close(mixed, torch.stack([plain(x)[0], expected[1]]), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model.train()(x), model(x))
+    torch.testing.assert_close(model.eval().merge_and_unload()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_combining_transposed_convolutions():
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose1d(3, 5, 3, stride=2)
+    x = image(layer)
+    plain, model = layer(x), adapt(layer)
+    model.add_adapter("b", pf.LoraConfig(r=3, target_modules=["layer"], init_lora_weights=False, lora_alpha=5))
+    first = model.eval()(x)
+    model.set_adapter("b")
+    second = model(x)
+    for kind in ("cat", "svd"):
+        model.base_model.add_weighted_adapter(["default", "b"], [1.0, -2.0], kind, kind, svd_rank=5)
+        model.set_adapter(kind)
+        torch.testing.assert_close(model(x), first - 2 * second + 2 * plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_grouped_convolutions_as_peft(groups, kind, tmp_path):
+    """The same draws, forward, gradients and files, both ways; neither merges groups."""
+    import peft
+    from safetensors.torch import load_file
+
+    def made(library, seed, **options):
+        torch.manual_seed(0)
+        layer = kind(4, 8, 3, padding=1, groups=groups)
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return library.get_peft_model(One(layer), library.LoraConfig(r=4, target_modules=["layer"], **options))
+
+    models = [made(library, 5, init_lora_weights=False) for library in (pf, peft)]
+    x = image(models[0].base_model.model.layer.base_layer)
+    gradients = []
+    for model, name in zip(models, ("ours", "theirs"), strict=True):
+        model(x).square().sum().backward()
+        gradients.append([p.grad for _, p in sorted(model.named_parameters()) if p.requires_grad])
+        model.save_pretrained(tmp_path / name)
+    torch.testing.assert_close(models[0](x), models[1](x))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], v) for k, v in files[1].items())
+    read = pf.PeftModel.from_pretrained(One(copy.deepcopy(models[0].unload().layer)), tmp_path / "theirs")
+    torch.testing.assert_close(read(x), models[1](x))
 
 
 def test_groups_are_not_merged():

@@ -26,7 +26,7 @@ class IA3Method(LayerMethod):
     def layer_class_for(self, bare: nn.Module) -> type[IA3Linear] | None:
         if as_base_linear(bare) is not None:
             return IA3Linear
-        return IA3Conv if isinstance(as_base_layer(bare), BaseConv) else None
+        return IA3Conv if type(as_base_layer(bare)) is BaseConv else None
 
     def fill_targets(self, model: nn.Module, config: IA3Config, strict: bool) -> None:
         usual = default_targets(model)

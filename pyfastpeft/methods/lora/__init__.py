@@ -4,6 +4,6 @@ from pyfastpeft.methods.lora.attention import LoraAttention
 from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.layer import LoraLinear
 from pyfastpeft.methods.lora.method import LoraMethod
-from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding
+from pyfastpeft.methods.lora.tables import LoraConv, LoraConvTranspose, LoraEmbedding
 
-__all__ = ["LoraAttention", "LoraConfig", "LoraConv", "LoraEmbedding", "LoraLinear", "LoraMethod"]
+__all__ = ["LoraAttention", "LoraConfig", "LoraConv", "LoraConvTranspose", "LoraEmbedding", "LoraLinear", "LoraMethod"]

@@ -32,11 +32,11 @@ from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
 from pyfastpeft.methods.lora.method import LoraMethod
 from pyfastpeft.methods.lora.parameters import LoraParameters, find_parameters
-from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding
+from pyfastpeft.methods.lora.tables import LoraConv, LoraConvTranspose, LoraEmbedding
 from pyfastpeft.methods.lora.tied import check_agreement, followers_tensors
 from pyfastpeft.methods.registry import method_for
 
-_KINDS = (LoraLinear, LoraEmbedding, LoraConv, LoraAttention, LoraParameters)
+_KINDS = (LoraLinear, LoraEmbedding, LoraConv, LoraConvTranspose, LoraAttention, LoraParameters)
 _HUB_KEYWORDS = frozenset("revision token cache_dir force_download local_files_only proxies".split())
 
 
@@ -81,9 +81,10 @@ def prepare_model_for_compiled_hotswap(
                     raise ValueError(
                         f"{path}: adapter {name!r} has rank {factor.rank}, more than target_rank {target_rank}"
                     )
-                if target_rank % max(factor.divide, 1):
+                groups = _groups(layer)
+                if target_rank % groups:
                     raise ValueError(
-                        f"{path} is a convolution with groups={factor.divide}, which must divide target_rank, {target_rank}"
+                        f"{path} is a convolution with groups={groups}, which must divide target_rank, {target_rank}"
                     )
     for layer in layers.values():
         for name in layer.held_adapters():
@@ -221,10 +222,9 @@ def _swap(
                     f"{source} has rank {rank} at {factor.path(path)} and the model was prepared for {factor.rank}; call "
                     f"prepare_model_for_compiled_hotswap(model, target_rank={rank}) before torch.compile"
                 )
-            if rank % factor.divide:
-                raise ValueError(
-                    f"{source} has rank {rank} at {path}, which its groups, {factor.divide}, do not divide"
-                )
+            groups = _groups(layers[path])
+            if rank % groups:
+                raise ValueError(f"{source} has rank {rank} at {path}, which its {groups} groups do not divide")
             key = f"{KEY_PREFIX}{path}.{factor.key}"
             expected[key] = torch.empty(factor.shape(rank), dtype=factor.tensor.dtype, device="meta")
             factors[key] = factor
@@ -315,6 +315,11 @@ def _factors_of(
 
 def _followed(layer: nn.Module, name: str) -> bool:
     return name in getattr(layer, "followed", ())
+
+
+def _groups(layer: nn.Module) -> int:
+    """Of a convolution: they divide its ranks."""
+    return layer.base_layer.groups if isinstance(layer, LoraConv) else 1
 
 
 def _is_prepared(layer: nn.Module, name: str) -> bool:

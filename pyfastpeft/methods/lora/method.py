@@ -19,10 +19,10 @@ from pyfastpeft.methods.lora.config import LoraConfig
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear
 from pyfastpeft.methods.lora.parameters import LoraParameters, add_parameters, find_parameters
-from pyfastpeft.methods.lora.tables import LoraConv, LoraEmbedding, check_table
+from pyfastpeft.methods.lora.tables import LoraConv, LoraConvTranspose, LoraEmbedding, check_table
 from pyfastpeft.methods.lora.targets import default_target_modules
 from pyfastpeft.methods.lora.tied import add_followers, check_agreement, find_tied_targets, followers_tensors
-from pyfastpeft.nn.base_tables import BaseAttention, BaseConv, BaseEmbedding, as_base_layer
+from pyfastpeft.nn.base_tables import BaseAttention, BaseConv, BaseConvTranspose, BaseEmbedding, as_base_layer
 from pyfastpeft.replicate_layers import replicate_layers, restore_layers
 from pyfastpeft.saved_modules import ModulesToSaveWrapper
 
@@ -60,7 +60,12 @@ class LoraMethod(LayerMethod):
 
     def layer_class_for(self, bare: nn.Module) -> type[LoraLinear] | None:
         view = as_base_layer(bare)
-        kinds = {BaseAttention: LoraAttention, BaseConv: LoraConv, BaseEmbedding: LoraEmbedding}
+        kinds = {
+            BaseAttention: LoraAttention,
+            BaseConv: LoraConv,
+            BaseConvTranspose: LoraConvTranspose,
+            BaseEmbedding: LoraEmbedding,
+        }
         return None if view is None else kinds.get(type(view), self.layer_class)
 
     def check_layer(self, path: str, bare: nn.Module, config: LoraConfig) -> None:

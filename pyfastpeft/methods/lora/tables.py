@@ -18,9 +18,14 @@ from pyfastpeft.methods.lora.factor import Factor
 from pyfastpeft.methods.lora.initial import takes_from_base
 from pyfastpeft.methods.lora.layer import LoraLinear, Magnitude
 from pyfastpeft.mixed_batch import by_adapter
-from pyfastpeft.nn.base_tables import CONVOLUTIONS
+from pyfastpeft.nn.base_tables import CONVOLUTIONS, TRANSPOSED
 
 _CONVOLVE = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}
+_TRANSPOSED = {
+    3: nn.functional.conv_transpose1d,
+    4: nn.functional.conv_transpose2d,
+    5: nn.functional.conv_transpose3d,
+}
 
 
 class Beside(LoraLinear):
@@ -195,8 +200,7 @@ class LoraConv(Beside):
     def add_adapter(self, name: str, config: LoraConfig, path: str, *, fp32: bool, init: bool) -> None:
         rank, base, kind = self._hold(name, config, path), self.base_layer, config.init_lora_weights
         ones = (1,) * len(base.kernel_size)
-        a = torch.empty(rank, base.in_channels, *base.kernel_size, device="cpu")
-        b = torch.empty(base.out_channels, rank // base.groups, *ones, device="cpu")
+        a, b = (torch.empty(shape, device="cpu") for shape in self._shapes(rank))
         bias = torch.empty(base.out_channels, device="cpu") if config.lora_bias else None
         if init:
             # PEFT's draws from torch's generator, one for one
@@ -215,6 +219,12 @@ class LoraConv(Beside):
         self.lora_B[name] = Kernel(self._parameter(b, fp32), bias).train(self.training)
         if config.use_dora:
             self._add_magnitude(name, (1, self.out_features, *ones), fp32, init)
+
+    def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and of B."""
+        base = self.base_layer
+        ones = (1,) * len(base.kernel_size)
+        return (rank, base.in_channels, *base.kernel_size), (base.out_channels, rank // base.groups, *ones)
 
     def ranked(self, name: str, parameters: Iterable[str] | None = None) -> list[Factor]:
         """With groups, each takes its own part of A's ranks."""
@@ -262,6 +272,74 @@ class LoraConv(Beside):
         nn.init.kaiming_uniform_(self.lora_A[name].weight, a=math.sqrt(5)), self.lora_B[name].weight.zero_()
 
 
+class LoraConvTranspose(LoraConv):
+    """A transposed convolution with LoRA adapters; `lora_A[name].weight` [R, K/groups, 1…] and `lora_B[name].weight`
+    [R, N/groups, k…].
+
+        y = base(x) + s · B ∗ᵀ (A ∗ dropout(x))        A 1 × 1; B transposed with the base's kernel, stride, padding, dilation
+        W'[i, o] = W[i, o] + s · Σ_r A[r, i] B[r, o]        i, o channels of one group, r of that group's R/groups ranks
+
+    PEFT has none; this is ours: the kernel goes where the base has it, behind, so that the update is a weight of the base's shape
+    for every kernel, stride and number of groups, and merges exactly. DoRA's norms sum the whole weight in every forward.
+    """
+
+    base_layer: nn.ConvTranspose2d
+
+    def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        base = self.base_layer
+        ones = (1,) * len(base.kernel_size)
+        return (rank, base.in_channels // base.groups, *ones), (
+            rank,
+            base.out_channels // base.groups,
+            *base.kernel_size,
+        )
+
+    def ranked(self, name: str, parameters: Iterable[str] | None = None) -> list[Factor]:
+        return [
+            Factor(f"{part}.weight", getattr(self, part)[name], "weight", 0, blocks=self.base_layer.groups)
+            for part in ("lora_A", "lora_B")
+        ]
+
+    def update(self, x: torch.Tensor, name: str, output_size: list[int] | None = None) -> torch.Tensor:
+        base = self.base_layer
+        a, b, bias = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_B[name].bias
+        dtype, dimensions = base.weight.dtype, len(base.kernel_size)
+        x = nn.functional.dropout(x, self._dropout_p(name)).to(dtype)
+        inner = _CONVOLVE[a.dim()](x, a.to(dtype), None, groups=base.groups)
+        extra = base._output_padding(
+            inner, output_size, base.stride, base.padding, base.kernel_size, dimensions, base.dilation
+        )
+        b, bias = b.to(inner.dtype), None if bias is None else bias.to(inner.dtype)
+        return _TRANSPOSED[a.dim()](inner, b, bias, base.stride, base.padding, extra, base.groups, base.dilation)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """(A [R, K], B [N · k, R], s); with groups there is no such product."""
+        if self.base_layer.groups > 1:
+            raise ValueError(_GROUPED.format("have a product B A", self.base_layer.groups))
+        return self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1).T, self.scaling[name]
+
+    @torch.no_grad()
+    def set_factors(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().set_factors(name, a, b.T)
+
+    def get_delta_weight(self, name: str) -> torch.Tensor:
+        """s · B A as the base's W [N, K/groups · k]."""
+        a, b = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
+        wide, groups = torch.promote_types(a.dtype, torch.float32), self.base_layer.groups
+        a, b = (each.to(wide).unflatten(0, (groups, -1)) for each in (a.flatten(1), b.flatten(2)))
+        delta = torch.einsum("gri,grok->goik", a, b) * self.scaling[name]
+        return delta.flatten(0, 1).flatten(1)
+
+    @torch.no_grad()
+    def row_norms(self, name: str) -> torch.Tensor:
+        delta = self.get_delta_weight(name)
+        return (self.base.get_weight(delta.dtype) + delta).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    @torch.no_grad()
+    def check_merge(self, names, safe: bool) -> None:
+        LoraLinear.check_merge(self, names, safe)
+
+
 _GROUPED = "LoRA on a convolution with groups={1} cannot {0}: its A reads the channels of all groups; use it unmerged"
 
 
@@ -285,21 +363,21 @@ def check_table(path: str, bare: nn.Module, config: LoraConfig) -> None:
                 )
         if config.lora_bias:
             raise ValueError(f"{path} is an embedding, which has no place for lora_bias; use an adapter of its own")
-    elif isinstance(bare, CONVOLUTIONS):
+    elif isinstance(bare, CONVOLUTIONS + TRANSPOSED):
         kind, rank = type(bare).__name__, config.rank_for(path)
         if bare.groups > 1 and rank % bare.groups:
             raise ValueError(
                 f"{path} is a {kind} with groups={bare.groups}, which must divide the rank, {rank}; choose another rank "
                 "(rank_pattern), or take it out of target_modules"
             )
-        if bare.groups > 1 and config.use_dora:
+        if bare.groups > 1 and config.use_dora and isinstance(bare, CONVOLUTIONS):
             raise ValueError(f"{path}: {_GROUPED.format('have DoRA', bare.groups)}")
         if takes_from_base(config.init_lora_weights) or config.init_lora_weights == "orthogonal":
             raise ValueError(
                 f"{path} is a {kind}; init_lora_weights={config.init_lora_weights!r} is for linear layers. Give the "
                 "convolutions an adapter of their own"
             )
-        known = next(kind for kind in CONVOLUTIONS if isinstance(bare, kind))
+        known = next(kind for kind in CONVOLUTIONS + TRANSPOSED if isinstance(bare, kind))
         if type(bare).forward is not known.forward:
             raise ValueError(
                 f"{path} is a {kind} with a forward of its own, which LoRA's kernel cannot follow; take it out of "

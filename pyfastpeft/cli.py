@@ -117,7 +117,10 @@ def finetune(
         _Text, _option("Folder for the adapter, checkpoints, metrics.csv, loss.png, run.json.", JOB)
     ] = None,
     method: Annotated[
-        str, _option("qlora (4-bit base), lora, adalora, ia3, relora, bitfit, prompt, p_tuning or prefix.", JOB)
+        str,
+        _option(
+            "qlora (4-bit base), lora, adalora, ia3, relora, bitfit, prompt, p_tuning, prefix or trainable_tokens.", JOB
+        ),
     ] = "qlora",
     demo: Annotated[
         bool, _option("The whole job offline on the packaged small model, in minutes.", JOB, "--demo")
@@ -140,6 +143,7 @@ def finetune(
     prefix_projection: Annotated[
         bool, _option("prefix: train embeddings and an MLP.", ADAPTER, "--prefix-projection")
     ] = False,
+    token_indices: Annotated[_Text, _option('trainable_tokens: which, such as "7,32000-32009".', ADAPTER)] = None,
     restart_every: Annotated[_Int, _option("relora: steps between restarts (default: five a run).", ADAPTER)] = None,
     blocksize: Annotated[int, _option("Values per quantisation block.", ADAPTER)] = 64,
     quant_type: Annotated[str, _option("nf4 or fp4.", ADAPTER)] = "nf4",
@@ -190,7 +194,7 @@ def finetune(
     log_seconds: Annotated[float, _option("Seconds between progress lines without a terminal.", RUN)] = 10.0,
     demo_eval_bytes: Annotated[_Int, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Fine-tune a model by LoRA, QLoRA, AdaLoRA, ReLoRA or (IA)³.
+    """Fine-tune a model by LoRA, QLoRA, AdaLoRA, ReLoRA, (IA)³, or another of the methods.
 
     Ctrl-C saves a checkpoint; the same command with --resume then goes on exactly there.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyfastpeft.finetune.errors import ConfigError
 
-METHODS = ("qlora", "lora", "adalora", "ia3", "relora", "bitfit", "prompt", "p_tuning", "prefix")
+METHODS = ("qlora", "lora", "adalora", "ia3", "relora", "bitfit", "prompt", "p_tuning", "prefix", "trainable_tokens")
 VIRTUAL_TOKEN_METHODS = ("prompt", "p_tuning", "prefix")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
@@ -43,15 +43,18 @@ class FinetuneConfig:
                             restart_every steps, on the jagged cosine schedule; "ia3": scales of activations (usual
                             learning rate: 3e-3); "bitfit": biases, created where there are none; "prompt", "p_tuning",
                             "prefix": virtual tokens among the inputs, computed by a small network, or as keys and
-                            values in every layer (usual learning rates: 0.3, 1e-3, 1e-2)
+                            values in every layer (usual learning rates: 0.3, 1e-3, 1e-2); "trainable_tokens": the
+                            embeddings of some tokens, which token_indices names
     quantize                quantise the base to 4 bits on load; None: for qlora alone
     rank, alpha, dropout, rslora, target_modules, modules_to_save    as LoraConfig's fields (target_modules: "auto":
-                            all-linear, the architecture's usual ones for ia3, every bias for bitfit; "all-linear"; module names with commas
+                            all-linear, the architecture's usual ones for ia3, every bias for bitfit, the input embedding for
+                            trainable_tokens; "all-linear"; module names with commas
                             between them; or a regular expression)
     virtual_tokens          prompt, p_tuning, prefix: how many
     prompt_text             prompt: start from the embeddings of this text; None: of tokens drawn at random
     prompt_encoder          p_tuning: "mlp" or "lstm"
     prefix_projection       prefix: train embeddings and an MLP instead of the keys and values themselves
+    token_indices           trainable_tokens: numbers and ranges with commas between them, such as "7,32000-32009"
     restart_every           relora: optimizer steps between two restarts; None: a fifth of the run
     blocksize, quant_type, double_quant                              of the 4-bit base
     learning_rate, schedule, warmup_steps | warmup_ratio, min_lr_ratio    peak; shape after warm-up; linear warm-up;
@@ -97,6 +100,7 @@ class FinetuneConfig:
     prompt_text: str | None = None
     prompt_encoder: str = "mlp"
     prefix_projection: bool = False
+    token_indices: str | None = None
     restart_every: int | None = None
     learning_rate: float = 2e-4
     schedule: str = "cosine"
@@ -167,9 +171,12 @@ class FinetuneConfig:
         self._validate_paging()
         if self.method == "qlora" and self.quantize is False:
             raise ConfigError("--method qlora is LoRA on a 4-bit base: --no-quantize contradicts it; use --method lora")
-        for name, method in (("prompt_text", "prompt"), ("prefix_projection", "prefix")):
+        owners = (("prompt_text", "prompt"), ("prefix_projection", "prefix"), ("token_indices", "trainable_tokens"))
+        for name, method in owners:
             value = getattr(self, name)
             _require(not value or self.method == method, name, f"nothing without --method {method}", value)
+        if self.method == "trainable_tokens":
+            self.tokens()
         if self.restart_every is not None and self.method != "relora":
             raise ConfigError(f"--restart-every is an option of --method relora, this is {self.method}")
         if self.resume_from is not None and self.overwrite:
@@ -218,14 +225,28 @@ class FinetuneConfig:
         """The method's size for titles: its rank or its number of virtual tokens."""
         if self.method in VIRTUAL_TOKEN_METHODS:
             return f"{self.virtual_tokens} virtual tokens"
+        if self.method == "trainable_tokens":
+            return f"{len(self.tokens())} tokens"
         return self.method if self.method in ("ia3", "bitfit") else f"rank {self.rank}"
+
+    def tokens(self) -> list[int]:
+        """The tokens that token_indices names; ConfigError where it is none, or not numbers and ranges."""
+        found: list[int] = []
+        for part in (self.token_indices or "").split(","):
+            first, dash, last = (piece.strip() for piece in part.partition("-"))
+            last = last if dash else first
+            good = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 1 << 31
+            _require(good, "token_indices", 'numbers and ranges, such as "7,32000-32009"', self.token_indices)
+            found += range(int(first), int(last) + 1)
+        _require(len(set(found)) == len(found), "token_indices", "each token once", self.token_indices)
+        return found
 
     def targets(self) -> str | list[str] | None:
         """`target_modules` as the method's config takes it: a list of names, one string (all-linear, a regular
         expression), or None for the architecture's usual ones."""
         text = self.target_modules.strip()
         if text == "auto":
-            return None if self.method in ("ia3", "bitfit") else "all-linear"
+            return None if self.method in ("ia3", "bitfit", "trainable_tokens") else "all-linear"
         if text == "all-linear" or any(character in text for character in r"\*+?[](){}|^$"):
             return text
         return [name.strip() for name in text.split(",") if name.strip()]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyfastpeft.finetune.config import FinetuneConfig
+from pyfastpeft.finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,16 @@ def _prefix(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) ->
     )
 
 
+def _trainable_tokens(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> PeftConfig:
+    from pyfastpeft import TrainableTokensConfig
+
+    if common["modules_to_save"]:
+        raise ConfigError("--modules-to-save: --method trainable_tokens trains tokens alone; use lora for both")
+    return TrainableTokensConfig(
+        token_indices=config.tokens(), target_modules=config.targets(), task_type=common["task_type"]
+    )
+
+
 def _low_rank(config: FinetuneConfig) -> dict[str, Any]:
     alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
     return {"lora_alpha": alpha, "lora_dropout": config.dropout, "target_modules": config.targets()}
@@ -94,6 +105,7 @@ _CONFIGS: dict[str, Callable[[FinetuneConfig, int, dict[str, Any]], PeftConfig]]
     "prompt": _prompt,
     "qlora": _lora,
     "relora": _lora,
+    "trainable_tokens": _trainable_tokens,
 }
 
 

@@ -84,7 +84,11 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch, tmp_path):
         "spill_dir": str(tmp_path), "virtual_tokens": 6, "prompt_encoder": "lstm",
     }  # fmt: skip
     fields = set(FinetuneConfig("m", "d", "o").to_dict())
-    others = {"prompt": {"prompt_text": "a"}, "prefix": {"prefix_projection": True}}  # refused with another method
+    others = {
+        "prompt": {"prompt_text": "a"},
+        "prefix": {"prefix_projection": True},
+        "trainable_tokens": {"token_indices": "3"},
+    }  # refused with another method
     named = {name for more in others.values() for name in more}
     assert set(values) | named | {"model", "data", "output", "overwrite"} == fields
     flags = []
@@ -102,6 +106,8 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch, tmp_path):
     assert seen.pop() == FinetuneConfig("m", "d", "o", method="prompt", **others["prompt"])
     call(*required, "--method", "prefix", "--prefix-projection")
     assert seen.pop() == FinetuneConfig("m", "d", "o", method="prefix", **others["prefix"])
+    call(*required, "--method", "trainable_tokens", "--token-indices", "3")
+    assert seen.pop() == FinetuneConfig("m", "d", "o", method="trainable_tokens", **others["trainable_tokens"])
 
 
 @pytest.mark.parametrize(

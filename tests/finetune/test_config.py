@@ -48,6 +48,7 @@ from pyfastpeft.finetune.schedule import learning_rate_at
         ("prompt_encoder", "gru"),
         ("prompt_text", "a"),  # of prompt alone
         ("prefix_projection", True),  # of prefix alone
+        ("token_indices", "3"),  # of trainable_tokens alone
         ("optimizer", "sgd"),
         ("optimizer_memory", "2GB"),  # of a paged one alone
         ("spill_dir", "/"),
@@ -120,3 +121,13 @@ def test_schedule_values():
     assert learning_rate_at(7, **kwargs) == pytest.approx(0.5)
     assert learning_rate_at(7, schedule="linear", min_ratio=0.2, **kwargs) == pytest.approx(0.6)
     assert learning_rate_at(11, schedule="constant", **kwargs) == 1.0
+
+
+def test_tokens():
+    def config(text):
+        return FinetuneConfig("m", "d", "o", method="trainable_tokens", token_indices=text)
+
+    assert config(" 7, 10-12,3").tokens() == [7, 10, 11, 12, 3]
+    for text in (None, "", "a", "3,", "5-3", "-4", "1-", "3,1-4", "1-99999999999"):
+        with pytest.raises(ConfigError, match="--token-indices: expected"):
+            config(text)

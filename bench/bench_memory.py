@@ -1,6 +1,8 @@
 """Peak resident memory of a training step, above what the process held before the model was built.
 
 Each candidate in a process of its own: the kernel's high-water mark (VmHWM), reset just before the step's model is made.
+glibc keeps freed memory for itself above a threshold that moves while it runs, which alone makes one and the same step
+peak anywhere between 226 and 260 MB; the threshold is fixed here (MALLOC_MMAP_THRESHOLD_), and repeats agree within 0.5 MB.
 """
 
 import os
@@ -33,12 +35,22 @@ def peak_of(name: str, layers: int) -> float:
         "from pyfastpeft import _bench; _bench.load(); from pyfastpeft.bench import bench_memory; "
         f"bench_memory.child({name!r}, {layers})"
     )
-    package = str(Path(pyfastpeft.__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_env(), check=False)
     if result.returncode != 0:
         raise RuntimeError(f"the process that measures {name!r} failed ({result.returncode}):\n{result.stderr[-2000:]}")
     return float(result.stdout.split()[-1])
+
+
+def child_env() -> dict[str, str]:
+    """Of a process that measures memory: this package first, and no allocator that hoards."""
+    package = str(Path(pyfastpeft.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
+    }
 
 
 def _status(field: str) -> int:

@@ -17,9 +17,7 @@ from pathlib import Path
 
 import torch
 
-import pyfastpeft
-
-from .bench_memory import peak_here
+from .bench_memory import child_env, peak_here
 from .methods import METHODS, OURS, Method, adapted, method_named
 from .models import BATCH, TOKENS, collect, llama, training_step
 
@@ -91,9 +89,7 @@ def _memory(names: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
         "from pyfastpeft import _bench; _bench.load(); from pyfastpeft.bench import bench_methods; "
         f"bench_methods.children({names!r}, {torch.get_num_threads()})"
     )
-    package = str(Path(pyfastpeft.__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=child_env(), check=False)
     if result.returncode != 0:
         raise RuntimeError(f"the process that measures memory failed ({result.returncode}):\n{result.stderr[-2000:]}")
     rows = [json.loads(line[1:]) for line in result.stdout.split("\n") if line.startswith("\x1e")]

@@ -44,6 +44,8 @@ struct VecScalar {
   static VecScalar sign(VecScalar a) { return {float((a.v > 0) - (a.v < 0))}; }  // 0 of a NaN
   // b where a is finite, else a
   static VecScalar where_finite(VecScalar a, VecScalar b) { return std::isfinite(a.v) ? b : a; }
+  // the lanes of two vectors by turns, in two vectors: a's and b's first halves, then their second halves
+  static void interleave(VecScalar a, VecScalar b, VecScalar& low, VecScalar& high) { low = a, high = b; }
 };
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -88,6 +90,10 @@ struct VecAvx2 {
     const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
     const __m256 finite = _mm256_cmp_ps(magnitude, _mm256_set1_ps(__builtin_inff()), _CMP_LT_OQ);
     return {_mm256_blendv_ps(a.v, b.v, finite)};
+  }
+  static void interleave(VecAvx2 a, VecAvx2 b, VecAvx2& low, VecAvx2& high) {
+    const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);  // of each half
+    low.v = _mm256_permute2f128_ps(even, odd, 0x20), high.v = _mm256_permute2f128_ps(even, odd, 0x31);
   }
 };
 #endif
@@ -137,6 +143,11 @@ struct VecAvx512 {
   static VecAvx512 where_finite(VecAvx512 a, VecAvx512 b) {
     return {_mm512_mask_blend_ps(_mm512_fpclass_ps_mask(a.v, 0x99), b.v, a.v)};  // infinities and NaNs
   }
+  static void interleave(VecAvx512 a, VecAvx512 b, VecAvx512& low, VecAvx512& high) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    low.v = _mm512_permutex2var_ps(a.v, first, b.v), high.v = _mm512_permutex2var_ps(a.v, second, b.v);
+  }
 };
 #endif
 
@@ -152,6 +163,41 @@ void store_part(V value, T* p, std::int64_t n) {
   T padded[V::width];
   value.store(padded);
   std::memcpy(p, padded, sizeof(T) * std::size_t(n));
+}
+
+// The same for fp32, without the copy.
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+alignas(32) constexpr std::int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+template <>
+inline VecAvx2 load_part<VecAvx2, float>(const float* p, std::int64_t n) {
+  return {_mm256_maskload_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirstLanes + 8 - n)))};
+}
+inline void store_part(VecAvx2 value, float* p, std::int64_t n) {
+  _mm256_maskstore_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirstLanes + 8 - n)), value.v);
+}
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+template <>
+inline VecAvx512 load_part<VecAvx512, float>(const float* p, std::int64_t n) {
+  return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)};
+}
+inline void store_part(VecAvx512 value, float* p, std::int64_t n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), value.v);
+}
+#endif
+
+// rows[i] lane j <-> rows[j] lane i. After each round a lane's number, row and lane taken as one, is turned by a bit.
+template <typename V>
+void transpose(V (&rows)[V::width]) {
+  constexpr int kHalf = V::width / 2;
+#pragma GCC unroll 4
+  for (int round = 1; round < V::width; round *= 2) {
+    V turned[V::width];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) V::interleave(rows[i], rows[i + kHalf], turned[2 * i], turned[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < V::width; ++i) rows[i] = turned[i];
+  }
 }
 
 }  // namespace

@@ -39,6 +39,24 @@ void segmented_lora_cpu(const void* x,                                  // [samp
                         const std::vector<SegmentedAdapter>& adapters,  //
                         DType factors);                                 // of a and b
 
+// The backward, from dY = dL/dy: with P_i = scaling_i · dY · B_i and S_i = scaling_i · x · A_it, both [rows of i, rank] in fp32,
+//
+//   dX[row] = P_i[row] · A_i   dA_i = P_it · x   dB_i = dYt · S_i   dbias_i = scaling_i · Σ dY[row]
+//
+// (dL/dy itself is dY.) Sums run over a segment's rows in order. An adapter without rows has gradients of zero.
+struct SegmentedGradients {  // null: not wanted
+  void* a;                   // [rank, K] of the factors' dtype
+  void* b;                   // [N, rank]
+  float* bias;               // [N]
+};
+
+void segmented_lora_backward_cpu(const void* dy,  // [samples · rows, N] of `dtype`
+                                 const void* x,   // [samples · rows, K]
+                                 void* dx,        // [samples · rows, K] of zeros, or null; rows of no adapter stay so
+                                 DType dtype, std::int64_t K, std::int64_t N, const SegmentedBatch& batch,
+                                 const std::vector<SegmentedAdapter>& adapters, DType factors,
+                                 const std::vector<SegmentedGradients>& gradients);
+
 // ---- CUDA -----------------------------------------------------------------------------------------------------------
 //
 // Two launches for up to kSegmentedAdapters adapters that are in the batch, whatever their number: shrink fills

@@ -62,6 +62,24 @@ void check_batch(const SegmentedBatch& batch, std::size_t adapters) {
   }
 }
 
+// Addresses of gradients, 0 where one is not wanted.
+std::vector<SegmentedGradients> read_gradients(const std::vector<Address>& a, const std::vector<Address>& b,
+                                               const std::vector<Address>& bias,
+                                               const std::vector<SegmentedAdapter>& adapters, std::int64_t K,
+                                               std::int64_t N, DType factors) {
+  const std::size_t count = adapters.size();
+  check(a.size() == count && b.size() == count && bias.size() == count, kOp, ": ", count, " adapters and ", a.size(),
+        " gradients of A, ", b.size(), " of B and ", bias.size(), " of biases, expected as many of each");
+  std::vector<SegmentedGradients> gradients(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t R = adapters[i].rank;
+    gradients[i] = {a[i] == 0 ? nullptr : pointer<void>(a[i], R * K, factors, kOp, "grad_a"),
+                    b[i] == 0 ? nullptr : pointer<void>(b[i], R * N, factors, kOp, "grad_b"),
+                    bias[i] == 0 ? nullptr : pointer<float>(bias[i], N, kOp, "grad_bias")};
+  }
+  return gradients;
+}
+
 void segmented_cpu(Address x, Address y, int dtype, std::int64_t K, std::int64_t N, Address order, std::int64_t samples,
                    Address starts, std::int64_t rows, const std::vector<Address>& a, const std::vector<Address>& b,
                    const std::vector<Address>& bias, const std::vector<std::int64_t>& ranks,
@@ -74,6 +92,23 @@ void segmented_cpu(Address x, Address y, int dtype, std::int64_t K, std::int64_t
   void* to = pointer<void>(y, samples * rows * N, kOp, "y");
   const py::gil_scoped_release release;
   segmented_lora_cpu(from, to, type, K, N, batch, adapters, factor_type);
+}
+
+void segmented_backward_cpu(Address dy, Address x, Address dx, int dtype, std::int64_t K, std::int64_t N, Address order,
+                            std::int64_t samples, Address starts, std::int64_t rows, const std::vector<Address>& a,
+                            const std::vector<Address>& b, const std::vector<std::int64_t>& ranks,
+                            const std::vector<float>& scalings, int factors, const std::vector<Address>& grad_a,
+                            const std::vector<Address>& grad_b, const std::vector<Address>& grad_bias) {
+  const DType type = dtype_of(dtype), factor_type = dtype_of(factors);
+  const auto adapters = read_adapters(a, b, std::vector<Address>(a.size()), ranks, scalings, K, N, factor_type);
+  const auto gradients = read_gradients(grad_a, grad_b, grad_bias, adapters, K, N, factor_type);
+  const SegmentedBatch batch = read_batch(order, samples, starts, rows, adapters.size());
+  check_batch(batch, adapters.size());
+  const void* from = pointer<const void>(dy, samples * rows * N, type, kOp, "grad_y");
+  const void* input = pointer<const void>(x, samples * rows * K, type, kOp, "x");
+  void* to = dx == 0 ? nullptr : pointer<void>(dx, samples * rows * K, type, kOp, "grad_x");
+  const py::gil_scoped_release release;
+  segmented_lora_backward_cpu(from, input, to, type, K, N, batch, adapters, factor_type, gradients);
 }
 
 #if defined(PYFASTPEFT_WITH_CUDA)
@@ -110,6 +145,7 @@ void segmented_cuda(Address x, Address y, int dtype, std::int64_t K, std::int64_
 
 void register_segmented_lora(py::module_& m) {
   m.def("segmented_lora_cpu", &segmented_cpu);
+  m.def("segmented_lora_backward_cpu", &segmented_backward_cpu);
 #if defined(PYFASTPEFT_WITH_CUDA)
   m.def("segmented_lora_workspace", &workspace);
   m.def("segmented_lora_cuda", &segmented_cuda);

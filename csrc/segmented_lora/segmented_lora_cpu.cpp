@@ -1,7 +1,8 @@
-// LoRA over a mixed batch: launcher, thread split, and the scalar variant.
+// LoRA over a mixed batch: launcher, thread split, and the scalar variant, which is the specification of the others.
 #include "common/cpu_isa.h"
 #include "common/parallel.h"
 #include "common/subnormals.h"
+#include "segmented_lora/segmented_lora_backward_kernels.h"
 #include "segmented_lora/segmented_lora_kernels.h"
 
 namespace pyfastpeft {
@@ -9,33 +10,27 @@ namespace {
 
 constexpr std::int64_t kGrainFlops = 1 << 16;  // below this a second thread costs more than it brings
 
-struct Variants {
-  SegmentedPieces *shrink, *expand;
-};
-Variants variants() {
+}  // namespace
+
+const SegmentedVariants segmented_scalar = {segmented_shrink<VecScalar>, segmented_expand<VecScalar>,
+                                            segmented_project<VecScalar>, segmented_spread<VecScalar>,
+                                            segmented_gather<VecScalar>};
+
+const SegmentedVariants& segmented_variants() {
 #if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
-  if (isa >= CpuIsa::avx512) return {segmented_shrink_avx512, segmented_expand_avx512};
-  if (isa >= CpuIsa::avx2) return {segmented_shrink_avx2, segmented_expand_avx2};
+  if (isa >= CpuIsa::avx512) return segmented_avx512;
+  if (isa >= CpuIsa::avx2) return segmented_avx2;
 #endif
-  return {segmented_shrink_scalar, segmented_expand_scalar};
+  return segmented_scalar;
 }
 
-void run(SegmentedPieces* pieces, const SegmentedCpuArgs& args, std::size_t count, std::int64_t flops) {
+void segmented_run(SegmentedPieces* pieces, const SegmentedCpuArgs& args, std::size_t count, std::int64_t flops) {
   const auto n = std::int64_t(count);
   parallel_for(n, kGrainFlops * n / (flops + 1) + 1, [&](std::int64_t begin, std::int64_t end) {
     const KeepSubnormals keep;
     pieces(args, begin, end);
   });
-}
-
-}  // namespace
-
-void segmented_shrink_scalar(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
-  segmented_shrink<VecScalar>(args, begin, end);
-}
-void segmented_expand_scalar(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
-  segmented_expand<VecScalar>(args, begin, end);
 }
 
 void segmented_lora_cpu(const void* x, void* y, DType dtype, std::int64_t K, std::int64_t N,
@@ -59,10 +54,12 @@ void segmented_lora_cpu(const void* x, void* y, DType dtype, std::int64_t K, std
     s += (last - first) * R;
   }
   std::vector<float> low(static_cast<std::size_t>(s));
-  const SegmentedCpuArgs args{x,         y, dtype, K, N, batch, adapters.data(), factors, shrink.data(), expand.data(),
-                              low.data()};
-  run(variants().shrink, args, shrink.size(), 2 * s * K);
-  run(variants().expand, args, expand.size(), 2 * s * N);
+  SegmentedCpuArgs args{};
+  args.x = x, args.y = y, args.dtype = dtype, args.K = K, args.N = N;
+  args.batch = batch, args.adapters = adapters.data(), args.factors = factors;
+  args.shrink = shrink.data(), args.expand = expand.data(), args.s = low.data();
+  segmented_run(segmented_variants().shrink, args, shrink.size(), 2 * s * K);
+  segmented_run(segmented_variants().expand, args, expand.size(), 2 * s * N);
 }
 
 }  // namespace pyfastpeft

@@ -1,13 +1,11 @@
 // LoRA over a mixed batch on AVX2.
+#include "segmented_lora/segmented_lora_backward_kernels.h"
 #include "segmented_lora/segmented_lora_kernels.h"
 
 namespace pyfastpeft {
 
-void segmented_shrink_avx2(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
-  segmented_shrink<VecAvx2>(args, begin, end);
-}
-void segmented_expand_avx2(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
-  segmented_expand<VecAvx2>(args, begin, end);
-}
+const SegmentedVariants segmented_avx2 = {segmented_shrink<VecAvx2>, segmented_expand<VecAvx2>,
+                                          segmented_project<VecAvx2>, segmented_spread<VecAvx2>,
+                                          segmented_gather<VecAvx2>};
 
 }  // namespace pyfastpeft

@@ -1,13 +1,11 @@
 // LoRA over a mixed batch on AVX-512.
+#include "segmented_lora/segmented_lora_backward_kernels.h"
 #include "segmented_lora/segmented_lora_kernels.h"
 
 namespace pyfastpeft {
 
-void segmented_shrink_avx512(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
-  segmented_shrink<VecAvx512>(args, begin, end);
-}
-void segmented_expand_avx512(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
-  segmented_expand<VecAvx512>(args, begin, end);
-}
+const SegmentedVariants segmented_avx512 = {segmented_shrink<VecAvx512>, segmented_expand<VecAvx512>,
+                                            segmented_project<VecAvx512>, segmented_spread<VecAvx512>,
+                                            segmented_gather<VecAvx512>};
 
 }  // namespace pyfastpeft

@@ -55,6 +55,33 @@ void segmented_shrink(const SegmentedCpuArgs& args, std::int64_t begin, std::int
   }
 }
 
+// to[c · to_stride + r] = from[r · from_stride + c] for rows x columns of them, by blocks of a vector's width squared, in
+// registers. kPadded: `to` has room for rows up to a multiple of the width, and they become zero.
+template <typename V, bool kPadded, typename From, typename To>
+void segmented_turn(const From* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns, To* to,
+                    std::int64_t to_stride) {
+  for (std::int64_t r = 0; r < rows; r += V::width)
+    for (std::int64_t c = 0; c < columns; c += V::width) {
+      const std::int64_t some_rows = std::min<std::int64_t>(V::width, rows - r);
+      const std::int64_t some = std::min<std::int64_t>(V::width, columns - c);
+      const From* at = from + r * from_stride + c;
+      V block[V::width];
+      if (some_rows == V::width && some == V::width) {
+        for (int i = 0; i < V::width; ++i) block[i] = V::load(at + i * from_stride);
+      } else {
+        for (int i = 0; i < V::width; ++i)
+          block[i] = i < some_rows ? load_part<V>(at + i * from_stride, some) : V::set(0.0f);
+      }
+      transpose(block);
+      To* out = to + c * to_stride + r;
+      if (kPadded || some_rows == V::width) {
+        for (std::int64_t i = 0; i < some; ++i) block[i].store(out + i * to_stride);
+      } else {
+        for (std::int64_t i = 0; i < some; ++i) store_part(block[i], out + i * to_stride, some_rows);
+      }
+    }
+}
+
 // y of some rows and columns. B's rows are turned into columns of a panel first, once for all of the rows.
 template <typename V, typename T, typename F>
 void segmented_expand(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
@@ -64,10 +91,9 @@ void segmented_expand(const SegmentedCpuArgs& args, std::int64_t begin, std::int
     const SegmentedAdapter& adapter = args.adapters[piece.adapter];
     const std::int64_t R = adapter.rank, columns = std::min(kSegmentedColumns, args.N - piece.column);
     const std::int64_t padded = (columns + V::width - 1) / V::width * V::width;
-    right.assign(std::size_t(R * kSegmentedColumns), 0.0f);
-    const F* b = static_cast<const F*>(adapter.b) + piece.column * R;
-    for (std::int64_t n = 0; n < columns; ++n)
-      for (std::int64_t r = 0; r < R; ++r) right[r * kSegmentedColumns + n] = to_f32(b[n * R + r]);
+    right.resize(std::size_t(R * kSegmentedColumns));
+    segmented_turn<V, true>(static_cast<const F*>(adapter.b) + piece.column * R, R, columns, R, right.data(),
+                            kSegmentedColumns);
     for (std::int64_t n = 0; n < columns; ++n)
       bias[n] = adapter.bias == nullptr ? 0.0f : adapter.scaling * adapter.bias[piece.column + n];
     for (std::int64_t m = 0; m < piece.rows; m += kLoraRows) {

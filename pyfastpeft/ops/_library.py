@@ -8,6 +8,7 @@ would hand it the null pointers of fake tensors and hide the op from compile, ch
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 import torch
@@ -53,7 +54,8 @@ def register_op(
 
     cpu, cuda      the implementations, called below autograd with real tensors of that device
     fake           shapes and dtypes of the outputs from those of the inputs; no data is read
-    setup_context, backward   as in torch.library.register_autograd; tensors among the positional arguments only
+    setup_context, backward   as in torch.library.register_autograd; tensors among the positional arguments, lists of them
+                   too (backward then returns a list)
     no_gradient    instead of a backward: why there is none; the RuntimeError that backpropagating through it raises says so
     gradient_by    instead of a backward: an op registered with one, of the same arguments, whose first result is this
                    op's and whose others are what its backward wants of the forward. It is called instead wherever a
@@ -105,9 +107,15 @@ def _register_autograd(name: str, setup_context: Callable, backward: Callable) -
     # the dispatcher leaves trailing arguments out where they equal their defaults
     defaults = tuple(a.default_value if a.has_default_value() else None for a in op._schema.arguments)
 
+    lists = [i for i, a in enumerate(op._schema.arguments) if re.search("List.*Tensor", str(a.type))]
+
     def below(keyset, args):
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    if lists:
+        _register_autograd_of_lists(name, lists, below, setup_context, backward)
+        return
 
     class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
@@ -151,6 +159,56 @@ def _register_autograd_by(name: str, differentiable: Callable) -> None:
             return differentiable(keyset, *args)[0]
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _register_autograd_of_lists(
+    name: str, lists: list[int], below: Callable, setup_context: Callable, backward: Callable
+) -> None:
+    """An autograd.Function sees the tensors among its arguments and not those of a list: the lists are taken apart."""
+
+    def flat(args) -> list:
+        return [item for i, arg in enumerate(args) for item in (arg if i in lists else (arg,))]
+
+    def nested(items, sizes: list[int | None]) -> tuple:
+        items = iter(items)
+        return tuple(next(items) if size is None else [next(items) for _ in range(size)] for size in sizes)
+
+    class Differentiable(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(*args):
+            *args, sizes, keyset = args
+            return below(keyset, nested(args, sizes))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            *args, sizes, _ = inputs
+            ctx.sizes = sizes
+            setup_context(ctx, nested(args, sizes), output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            result = backward(ctx, *grads)
+            gradients = [
+                item
+                for size, value in zip(ctx.sizes, result, strict=True)
+                for item in ([value] if size is None else [None] * size if value is None else value)
+            ]
+            return (*gradients, None, None)
+
+    Differentiable.__name__ = Differentiable.__qualname__ = f"{name}_autograd"
+
+    def kernel(keyset, *args):
+        tensors = flat(args)
+        if not (torch.is_grad_enabled() and _any_requires_grad(*tensors)):
+            return below(keyset, args)
+        sizes = [len(arg) if i in lists else None for i, arg in enumerate(args)]
+        tensors = [unwrap_if_dead(t) if isinstance(t, torch.Tensor) else t for t in tensors]
+        if not torch._C._are_functorch_transforms_active():
+            return Differentiable.apply(*tensors, sizes, keyset)
+        with enable_single_level_autograd_function():
+            return Differentiable.apply(*tensors, sizes, keyset)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

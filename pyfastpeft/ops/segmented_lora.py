@@ -2,12 +2,11 @@
 kernels: csrc/segmented_lora.
 
 The samples of one adapter are a segment of `order`; the kernels read every adapter's A and B where they lie, through a
-table of their addresses, and a whole batch takes two launches however many adapters it has.
+table of their addresses, and a whole batch takes two launches however many adapters it has, forward and backward.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -132,6 +131,149 @@ _op = register_op(
 )
 
 
+def _backward_outputs(grad_y, x, factors, mask_x, mask_a, mask_b, mask_bias):
+    """Memory for the gradients: dX in zeros, the factors' in the dtype the kernels are handed; None where not wanted."""
+    grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if mask_x else None
+    grad_a, grad_b = (
+        [torch.empty_like(t) if wanted else None for t, wanted in zip(tensors, mask, strict=True)]
+        for tensors, mask in ((factors.a, mask_a), (factors.b, mask_b))
+    )
+    N, device = grad_y.shape[-1], x.device
+    grad_bias = [torch.empty(N, dtype=torch.float32, device=device) if wanted else None for wanted in mask_bias]
+    return grad_x, grad_a, grad_b, grad_bias
+
+
+def _addresses(tensors) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _as_results(x, lora_a, lora_b, grad_x, grad_a, grad_b, grad_bias):
+    """The gradients in their factors' dtypes, an empty tensor where one is not wanted."""
+
+    def finished(gradients, factors):
+        return [x.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(gradients, factors, strict=True)]
+
+    grad_bias = [x.new_empty(0) if g is None else g for g in grad_bias]
+    grad_x = x.new_empty(0) if grad_x is None else grad_x
+    return grad_x, finished(grad_a, lora_a), finished(grad_b, lora_b), grad_bias
+
+
+def _backward_cpu(grad_y, x, order, starts, lora_a, lora_b, scalings, mask_x, mask_a, mask_b, mask_bias):
+    _check(grad_y, x, order, starts, lora_a, lora_b, [None] * len(lora_a), scalings)
+    samples, rows, K, N = _sizes(grad_y, x)
+    factors, rows_of_x = _Factors(x.dtype, lora_a, lora_b, []), as_rows(x)
+    outputs = _backward_outputs(grad_y, x, factors, mask_x, mask_a, mask_b, mask_bias)
+    a, b, _, ranks = factors.addresses()
+    _C.segmented_lora_backward_cpu(
+        grad_y.data_ptr(), rows_of_x.data_ptr(), *_addresses(outputs[:1]), dtype_code(x.dtype, _OP, "x"), K, N,
+        order.data_ptr(), samples, starts.data_ptr(), rows, a, b, ranks, list(scalings),
+        dtype_code(factors.dtype, _OP, "lora_a"), *map(_addresses, outputs[1:]),
+    )  # fmt: skip
+    return _as_results(x, lora_a, lora_b, *outputs)
+
+
+def _backward_on_cuda(grad_y, x, order, starts, lora_a, lora_b, scalings, mask_x, mask_a, mask_b, mask_bias):
+    _check(grad_y, x, order, starts, lora_a, lora_b, [None] * len(lora_a), scalings)
+    samples, rows, K, N = _sizes(grad_y, x)
+    factors, rows_of_x = _Factors(x.dtype, lora_a, lora_b, []), as_rows(x)
+    outputs = _backward_outputs(grad_y, x, factors, mask_x, mask_a, mask_b, mask_bias)
+    a, b, _, ranks = factors.addresses()
+    module, device, stream = _cuda.target(x, _OP)
+    size = module.segmented_lora_backward_workspace(samples * rows, K, N, max(ranks, default=0), len(ranks))
+    workspace = torch.empty(size, dtype=torch.float32, device=x.device)
+    module.segmented_lora_backward_cuda(
+        grad_y.data_ptr(), rows_of_x.data_ptr(), *_addresses(outputs[:1]), dtype_code(x.dtype, _OP, "x"), K, N,
+        order.data_ptr(), samples, starts.data_ptr(), rows, a, b, ranks, list(scalings),
+        dtype_code(factors.dtype, _OP, "lora_a"), *map(_addresses, outputs[1:]), _cuda.capability(x) >= (8, 0),
+        workspace.data_ptr(), size, device, stream,
+    )  # fmt: skip
+    return _as_results(x, lora_a, lora_b, *outputs)
+
+
+def _backward_fake(grad_y, x, order, starts, lora_a, lora_b, scalings, mask_x, mask_a, mask_b, mask_bias):
+    _check(grad_y, x, order, starts, lora_a, lora_b, [None] * len(lora_a), scalings)
+    dense = torch.contiguous_format
+    grad_x = torch.empty_like(x, memory_format=dense) if mask_x else x.new_empty(0)
+    grad_a, grad_b = (
+        [torch.empty_like(t, memory_format=dense) if m else x.new_empty(0) for t, m in zip(tensors, mask, strict=True)]
+        for tensors, mask in ((lora_a, mask_a), (lora_b, mask_b))
+    )
+    N = grad_y.shape[-1]
+    return grad_x, grad_a, grad_b, [x.new_empty(N if m else 0, dtype=torch.float32 if m else None) for m in mask_bias]
+
+
+_backward_op = register_op(
+    "segmented_lora_backward(Tensor grad_y, Tensor x, Tensor order, Tensor starts, Tensor[] lora_a, Tensor[] lora_b, "
+    "float[] scalings, bool mask_x, bool[] mask_a, bool[] mask_b, bool[] mask_bias) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[])",
+    cpu=_backward_cpu,
+    cuda=_backward_on_cuda,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, x, order, starts, lora_a, lora_b, lora_bias, scalings = inputs
+    ctx.save_for_backward(x, order, starts, *lora_a, *lora_b, *lora_bias)
+    ctx.scalings = scalings
+    ctx.masks = [[t is not None and t.requires_grad for t in group] for group in (lora_a, lora_b, lora_bias)]
+
+
+def _backward(ctx, grad_y):
+    x, order, starts, *factors = ctx.saved_tensors
+    count, mask_x = len(ctx.scalings), ctx.needs_input_grad[1]
+    lora_a, lora_b, lora_bias = factors[:count], factors[count : 2 * count], factors[2 * count :]
+    if not mask_x and not any(map(any, ctx.masks)):
+        return grad_y, None, None, None, None, None, None, None
+    if torch.is_grad_enabled():  # create_graph=True: what the kernels give has no history
+        function = _backward_by_torch
+    else:
+        function = _backward_op
+        grad_y = grad_y.contiguous()
+    grad_x, a, b, bias = function(grad_y, x, order, starts, lora_a, lora_b, ctx.scalings, mask_x, *ctx.masks)
+    bias = [g.to(t.dtype) if m else None for g, t, m in zip(bias, lora_bias, ctx.masks[2], strict=True)]
+    a = [g if m else None for g, m in zip(a, ctx.masks[0], strict=True)]
+    b = [g if m else None for g, m in zip(b, ctx.masks[1], strict=True)]
+    return grad_y, grad_x if mask_x else None, None, None, a, b, bias, None
+
+
+def _backward_by_torch(grad_y, x, order, starts, lora_a, lora_b, scalings, mask_x, *masks):
+    """What _backward_op gives, by torch operations that can be differentiated again."""
+    biases = [grad_y.new_zeros(grad_y.shape[-1], requires_grad=True) if wanted else None for wanted in masks[2]]
+    y = reference.segmented_lora(torch.zeros_like(grad_y), x, order, starts, lora_a, lora_b, biases, scalings)
+    leaves = [x] if mask_x else []
+    for group, mask in zip((lora_a, lora_b, biases), masks, strict=True):
+        leaves += [t for t, wanted in zip(group, mask, strict=True) if wanted]
+    if y.requires_grad:
+        found = iter(torch.autograd.grad(y, leaves, grad_y, create_graph=True, materialize_grads=True))
+    else:  # no adapter has a sample
+        found = iter([torch.zeros_like(t) for t in leaves])
+    grad_x = next(found) if mask_x else None
+    return grad_x, *([next(found) if wanted else None for wanted in mask] for mask in masks)
+
+
+def _added(implementation):
+    """The op that gives a tensor of its own: what autograd records."""
+
+    def added(y, x, order, starts, lora_a, lora_b, lora_bias, scalings):
+        y = y.clone(memory_format=torch.contiguous_format)
+        implementation(y, x, order, starts, lora_a, lora_b, lora_bias, scalings)
+        return y
+
+    return added
+
+
+_recorded_op = register_op(
+    "segmented_lora(Tensor y, Tensor x, Tensor order, Tensor starts, Tensor[] lora_a, Tensor[] lora_b, "
+    "Tensor?[] lora_bias, float[] scalings) -> Tensor",
+    cpu=_added(_cpu),
+    cuda=_added(_on_cuda),
+    fake=_added(_fake),
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
 def segments(adapters: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, starts) of a batch: its samples sorted by adapter, and where each adapter's begin in that order.
 
@@ -169,9 +311,10 @@ def segmented_lora(
     Samples of no adapter stay as they are. On CUDA `order` and `starts` may change without a new capture; a sample that
     is not there is left out (on the CPU it is a ValueError), and one that is twice in order gives any of its results.
 
-    Where autograd records and something requires grad, torch operations compute each adapter's rows apart, with gradients
-    to y, x and every factor, into a new tensor; a warning says so once, since inference does not want that. fp64 goes the
-    same way.
+    Where autograd records and something requires grad, the result is a new tensor with gradients to y, x and every factor,
+    by two launches more for up to 80 adapters: with P_i = scalings[i] · dL/dy · B_i and S_i = scalings[i] · x · A_iᵀ, over
+    adapter i's rows, dL/dx = P_i A_i, dL/dA_i = P_iᵀ x, dL/dB_i = dL/dyᵀ S_i and dL/dbias_i = scalings[i] Σ dL/dy. Sums
+    are fp32, in the order of the rows; an adapter that no sample has gets zeros. fp64 is computed by torch operations.
 
     Raises TypeError for other dtypes, ValueError for shapes, devices or numbers of adapters that do not fit.
     Source: Chen et al. 2023 (Punica), arXiv:2310.18547; Sheng et al. 2023 (S-LoRA), arXiv:2311.03285.
@@ -181,25 +324,11 @@ def segmented_lora(
     recorded = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (y, x, *lora_a, *lora_b, *lora_bias)
     )
-    if recorded or x.dtype == torch.float64:
-        if recorded:
-            _warn_recorded()
+    if x.dtype == torch.float64:
         return reference.segmented_lora(y, x, order, starts, lora_a, lora_b, lora_bias, scalings)
+    if recorded:
+        return _recorded_op(y, x, order, starts, list(lora_a), list(lora_b), lora_bias, scalings)
     if not y.is_contiguous():
         y = y.contiguous()
     _op(y, x, order, starts, list(lora_a), list(lora_b), lora_bias, scalings)
     return y
-
-
-_warned = False
-
-
-def _warn_recorded() -> None:
-    global _warned
-    if not _warned and not torch.compiler.is_compiling():
-        _warned = True
-        warnings.warn(
-            "segmented_lora: autograd is recording, so each adapter's rows are computed apart by torch operations; for "
-            "inference use torch.inference_mode() or torch.no_grad(), where one kernel serves all adapters",
-            stacklevel=3,
-        )

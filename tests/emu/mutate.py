@@ -51,7 +51,7 @@ TESTS = {
     "nf4_matmul": ["tests/ops/test_linear_4bit_cuda.py", "tests/ops/test_linear_4bit_ia3.py"],
     "nf4_matvec": ["tests/ops/test_linear_4bit_cuda.py", "tests/ops/test_linear_4bit_ia3.py"],
     "nf4_quantize": ["tests/ops/test_nf4_quantize_cuda.py"],
-    "segmented_lora": ["tests/ops/test_segmented_lora.py"],
+    "segmented_lora": ["tests/ops/test_segmented_lora.py", "tests/ops/test_segmented_lora_backward.py"],
 }
 
 STATEMENT = re.compile(r"\b(__syncthreads\(\)|__syncwarp\([^;]*\)|kp::cp_async_wait<[^;]*>\(\)|__threadfence\(\));")

@@ -1,7 +1,5 @@
 """segmented_lora on every device: each sample of a batch with an adapter of its own, of any rank, or none."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -142,23 +140,6 @@ def test_no_samples_and_no_adapters(device):
     y, x = torch.ones(2, 4, device=str(device)), torch.ones(2, 8, device=str(device))
     order, starts = pf.ops.segments(torch.tensor([-1, -1], device=str(device)), 0)
     assert torch.equal(pf.ops.segmented_lora(y.clone(), x, order, starts, [], []), y)
-
-
-def test_gradients_where_autograd_records(monkeypatch):
-    """By torch operations, to everything; and a warning that says so."""
-    y, x, adapters, a, b, biases, scalings = _case(([1, -1, 0, 1], 2, 6, 5, [2, 3]), torch.float64, torch.float64)
-    biases = [None if t is None else t.double() for t in biases]
-    order, starts = pf.ops.segments(adapters, 2)
-    leaves = [y, x, *a, *b]
-
-    def f(y, x, a0, a1, b0, b1):
-        return pf.ops.segmented_lora(y, x, order, starts, [a0, a1], [b0, b1], biases, scalings)
-
-    monkeypatch.setattr(importlib.import_module("pyfastpeft.ops.segmented_lora"), "_warned", False)
-    with pytest.warns(UserWarning, match="autograd is recording"):
-        assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in leaves])
-    former = y.detach().clone()
-    assert f(*leaves) is not y and torch.equal(y, former)
 
 
 def test_fake_tensors_compile_and_version_counters():

@@ -29,8 +29,8 @@ class AdaptedModel(nn.Module):
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         """The model's output. In training a method's penalty (AdaLoRA's) is added to a loss that the output has.
 
-        adapter_names   inference only: the adapter of each sample of the batch, in place of the active ones; "__base__" for
-                        none. See pyfastpeft.mixed_batch.
+        adapter_names   the adapter of each sample of the batch, in place of the active ones; "__base__" for none. In
+                        training all of them train that require gradients (set_requires_grad). See pyfastpeft.mixed_batch.
         """
         with mixed_batch.mixed(self, adapter_names):
             output = self.model(*args, **kwargs)

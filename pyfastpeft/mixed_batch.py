@@ -4,12 +4,15 @@ adapter of its own.
 Every adapted layer is told the batch's names for the length of the call. LoRA on linear layers adds all adapters' updates to
 the base's one product by one kernel (ops.segmented_lora); layers of other kinds, and DoRA, answer for the samples of each
 adapter apart, whatever the adapter's method.
+
+In training mode each adapter in the batch that requires gradients (`model.base_model.set_requires_grad(names)`) gets those of
+its own samples, so several train in one batch as each would alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,8 +77,6 @@ def check_names(adapted: nn.Module, adapter_names: Any) -> None:
         raise ValueError(
             f"adapter_names: there are no adapters {unknown}, expected some of {sorted(adapted.peft_config)} or '{BASE}'"
         )
-    if adapted.training:
-        raise ValueError("adapter_names is for inference, and the model is in training mode; call model.eval() first")
     virtual = [name for name in adapted.active_adapters if adapted.peft_config[name].is_prompt_learning]
     if virtual:
         raise ValueError(
@@ -101,6 +102,12 @@ def mixed(adapted: nn.Module, adapter_names: Sequence[str] | None, expansion: in
     check_names(adapted, adapter_names)
     batch = MixedBatch(adapter_names, expansion)
     holders = [holder for _, holder in adapted.holders()]
+    with _told(holders, batch), _checkpoints_told(adapted, set(holders), batch):
+        yield
+
+
+@contextlib.contextmanager
+def _told(holders: Sequence[nn.Module], batch: MixedBatch) -> Iterator[None]:
     former = [holder.mixed for holder in holders]
     try:
         for holder in holders:
@@ -109,6 +116,33 @@ def mixed(adapted: nn.Module, adapter_names: Sequence[str] | None, expansion: in
     finally:
         for holder, batch_before in zip(holders, former, strict=True):
             holder.mixed = batch_before
+
+
+@contextlib.contextmanager
+def _checkpoints_told(adapted: nn.Module, holders: set[nn.Module], batch: MixedBatch) -> Iterator[None]:
+    """Gradient checkpointing as transformers' models do it runs a block again in the backward, when the call is long over:
+    what is handed to it here tells the block's layers the batch once more."""
+    blocks = [m for m in adapted.modules() if getattr(m, "gradient_checkpointing", False) is True and m.training]
+    former = {block: block.__dict__.get("_gradient_checkpointing_func") for block in blocks}
+    former = {block: function for block, function in former.items() if function is not None}
+
+    def telling(checkpoint: Callable, mine: list[nn.Module]) -> Callable:
+        def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with _told(mine, batch):
+                    return function(*args, **kwargs)
+
+            return checkpoint(run, *args, **kwargs)
+
+        return checkpointed
+
+    try:
+        for block, function in former.items():
+            block._gradient_checkpointing_func = telling(function, [m for m in block.modules() if m in holders])
+        yield
+    finally:
+        for block, function in former.items():
+            block._gradient_checkpointing_func = function
 
 
 def expansion(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int:

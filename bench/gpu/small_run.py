@@ -31,7 +31,11 @@ def mixed_batch(device: str, dtype: torch.dtype) -> None:
         for factors in {torch.float32, dtype}:
             a = [torch.randn(rank, k, device=device, dtype=factors) for rank in (5, 20)]
             b = [torch.randn(n, rank, device=device, dtype=factors) for rank in (5, 20)]
-            pf.ops.segmented_lora(y, x, order, starts, a, b, [torch.randn(n, device=device), None], [0.5, 2.0])
+            bias, scalings = [torch.randn(n, device=device), None], [0.5, 2.0]
+            pf.ops.segmented_lora(y, x, order, starts, a, b, bias, scalings)
+            leaves = [t.clone().requires_grad_() for t in (x, *a, *b)]
+            out = pf.ops.segmented_lora(y, leaves[0], order, starts, leaves[1:3], leaves[3:], bias, scalings)
+            out.float().sum().backward()
 
 
 def optimizer_steps(device: str, dtype: torch.dtype) -> None:

@@ -80,4 +80,13 @@ void segmented_lora_cuda(const void* x, void* y, DType dtype, std::int64_t K, st
                          float* workspace,  // [parts · samples · rows · stride] of the plan
                          void* stream);
 
+// The backward in two launches for up to 80 adapters; as above, wrong numbers of samples and segments are left out.
+std::int64_t segmented_lora_backward_workspace(std::int64_t positions, std::int64_t K, std::int64_t N,
+                                               std::int64_t max_rank, std::int64_t adapters);  // floats
+
+void segmented_lora_backward_cuda(const void* dy, const void* x, void* dx, DType dtype, std::int64_t K, std::int64_t N,
+                                  const SegmentedBatch& batch, const std::vector<SegmentedAdapter>& adapters,
+                                  DType factors, const std::vector<SegmentedGradients>& gradients, bool tensor_cores,
+                                  float* workspace, void* stream);
+
 }  // namespace pyfastpeft

@@ -139,6 +139,34 @@ void segmented_cuda(Address x, Address y, int dtype, std::int64_t K, std::int64_
   segmented_lora_cuda(from, to, type, K, N, batch, adapters, factor_type, tensor_cores, s,
                       reinterpret_cast<void*>(stream));
 }
+
+void segmented_backward_cuda(Address dy, Address x, Address dx, int dtype, std::int64_t K, std::int64_t N,
+                             Address order, std::int64_t samples, Address starts, std::int64_t rows,
+                             const std::vector<Address>& a, const std::vector<Address>& b,
+                             const std::vector<std::int64_t>& ranks, const std::vector<float>& scalings, int factors,
+                             const std::vector<Address>& grad_a, const std::vector<Address>& grad_b,
+                             const std::vector<Address>& grad_bias, bool tensor_cores, Address space,
+                             std::int64_t space_numel, int device, Address stream) {
+  const DType type = dtype_of(dtype), factor_type = dtype_of(factors);
+  check(factor_type == DType::f32 || factor_type == type, kOp, ": factors of dtype code ", factors,
+        ", expected 0 (float32) or x's, ", dtype);
+  const auto adapters = read_adapters(a, b, std::vector<Address>(a.size()), ranks, scalings, K, N, factor_type);
+  const auto gradients = read_gradients(grad_a, grad_b, grad_bias, adapters, K, N, factor_type);
+  const SegmentedBatch batch = read_batch(order, samples, starts, rows, adapters.size());
+  const std::int64_t max_rank = ranks.empty() ? 0 : *std::max_element(ranks.begin(), ranks.end());
+  const std::int64_t expected =
+      segmented_lora_backward_workspace(samples * rows, K, N, max_rank, std::int64_t(adapters.size()));
+  check(space_numel == expected, kOp, ": workspace has ", space_numel, " values, expected ", expected,
+        " as segmented_lora_backward_workspace says");
+  const void* from = pointer<const void>(dy, samples * rows * N, type, kOp, "grad_y");
+  const void* input = pointer<const void>(x, samples * rows * K, type, kOp, "x");
+  void* to = dx == 0 ? nullptr : pointer<void>(dx, samples * rows * K, type, kOp, "grad_x");
+  auto* low = pointer<float>(space, space_numel, kOp, "workspace");
+  const py::gil_scoped_release release;
+  const DeviceGuard guard(device, kOp);
+  segmented_lora_backward_cuda(from, input, to, type, K, N, batch, adapters, factor_type, gradients, tensor_cores, low,
+                               reinterpret_cast<void*>(stream));
+}
 #endif
 
 }  // namespace
@@ -149,6 +177,8 @@ void register_segmented_lora(py::module_& m) {
 #if defined(PYFASTPEFT_WITH_CUDA)
   m.def("segmented_lora_workspace", &workspace);
   m.def("segmented_lora_cuda", &segmented_cuda);
+  m.def("segmented_lora_backward_workspace", &segmented_lora_backward_workspace);
+  m.def("segmented_lora_backward_cuda", &segmented_backward_cuda);
 #endif
 }
 

@@ -16,29 +16,26 @@
 //
 // FMA kernel (fp32; 16-bit dtypes on sm_75, and where rows or factors do not lie at multiples of 16 bytes): 8 rows x 8
 // ranks a block, a warp one rank, the lanes side by side along K.
-#include "segmented_lora/segmented_lora_cuda.cuh"
+#include "segmented_lora/segmented_lora_shrink_cuda.cuh"
 
 namespace pyfastpeft {
 namespace {
 
-constexpr int kRanks = 16;  // of a block of the tensor-core kernel
-
-// Eight neighbours of a row of the factor, rounded to T; zeros where there are none.
-template <typename T, typename F>
-__device__ __forceinline__ LoraEight load_eight(const F* __restrict__ from, bool there) {
-  LoraEight eight{{0, 0, 0, 0}};
-  if (!there) return eight;
-  if constexpr (sizeof(F) == 2) {
-    eight = *reinterpret_cast<const LoraEight*>(from);
-  } else {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float4 four = *reinterpret_cast<const float4*>(from + 4 * c);
-      eight.words[2 * c] = lora_pack<T>(four.x, four.y);
-      eight.words[2 * c + 1] = lora_pack<T>(four.z, four.w);
-    }
-  }
-  return eight;
+// What block (x, y, z) makes: ranks from y · `ranks` on, piece z of K.
+__device__ __forceinline__ SegmentedShrink product_of_block(const SegmentedTable& table, const SegmentedTile& tile,
+                                                            int ranks, std::int64_t K, std::int64_t columns,
+                                                            std::int64_t stride) {
+  if (tile.adapter < 0) return {nullptr, 0, 0, 0, 0, 0, 0, 0};
+  const SegmentedAdapter& adapter = table.adapters[tile.adapter];
+  const std::int64_t begin = std::int64_t(blockIdx.z) * columns;
+  return {adapter.a,
+          adapter.rank,
+          int(blockIdx.y) * ranks,
+          adapter.scaling,
+          begin,
+          begin + columns < K ? begin + columns : K,
+          std::int64_t(blockIdx.z),
+          stride};
 }
 
 template <typename T, typename F>
@@ -51,63 +48,9 @@ __global__ void __launch_bounds__(kLoraThreads, 2)
                                 std::int64_t stride,         // of S
                                 float* __restrict__ s) {     // [grid z, positions, stride]
   KSHARED(float, sums, [kLoraWarps * kSegmentedTile * kRanks]);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const SegmentedTile tile = segmented_tile<kSegmentedTile>(call, blockIdx.x);
-  const int first_rank = int(blockIdx.y) * kRanks;
-  const int R = tile.adapter < 0 ? 0 : table.adapters[tile.adapter].rank;
-  const bool working = first_rank < R;  // the same for the whole block
-
-  if (working) {
-    const F* a = static_cast<const F*>(table.adapters[tile.adapter].a);
-    const std::int64_t begin = std::int64_t(blockIdx.z) * columns;
-    const std::int64_t end = begin + columns < K ? begin + columns : K;
-    std::int64_t rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = segmented_row(call, tile, 8 * i + g);
-    float sum[2][2][4] = {};
-#pragma unroll 2
-    for (std::int64_t column = begin + warp * kWarp; column < end; column += kSegmentedStep) {
-      const bool inside = column + 8 * t < end;
-      LoraEight left[4], right[2];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int rank = first_rank + 8 * n + g;
-        right[n] = load_eight<T, F>(a + rank * K + column + 8 * t, inside && rank < R);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) left[i] = load_eight<T, T>(x + rows[i] * K + column + 8 * t, inside && rows[i] >= 0);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const LoraEight &low = left[2 * m], &high = left[2 * m + 1];  // rows g and g + 8 of the mma tile
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int k = 0; k < 2; ++k)
-            kp::mma_m16n8k16<T>(sum[m][n],
-                                {low.words[2 * k], high.words[2 * k], low.words[2 * k + 1], high.words[2 * k + 1]},
-                                {right[n].words[2 * k], right[n].words[2 * k + 1]});
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < 2; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(&sums[(warp * kSegmentedTile + 16 * m + 8 * half + g) * kRanks + 8 * n + 2 * t]) =
-              make_float2(sum[m][n][2 * half], sum[m][n][2 * half + 1]);
-  }
-  __syncthreads();
-  if (working) {
-    const float scaling = table.adapters[tile.adapter].scaling;
-    for (int i = threadIdx.x; i < tile.count * kRanks; i += kLoraThreads) {
-      float total = 0;
-#pragma unroll
-      for (int w = 0; w < kLoraWarps; ++w) total += sums[w * kSegmentedTile * kRanks + i];
-      s[(std::int64_t(blockIdx.z) * call.positions + tile.position + i / kRanks) * stride + first_rank + i % kRanks] =
-          total * scaling;
-    }
-  }
+  segmented_shrink_mma<false, T, F>(x, K, call, tile, product_of_block(table, tile, kRanks, K, columns, stride), s,
+                                    sums);
 }
 
 template <typename T, typename F>
@@ -118,32 +61,8 @@ __global__ void __launch_bounds__(kLoraThreads) segmented_shrink_fma_kernel(cons
                                                                             std::int64_t columns,        //
                                                                             std::int64_t stride,         //
                                                                             float* __restrict__ s) {     //
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const SegmentedTile tile = segmented_tile<kSegmentedFew>(call, blockIdx.x);
-  const int rank = int(blockIdx.y) * kLoraWarps + warp;
-  const int R = tile.adapter < 0 ? 0 : table.adapters[tile.adapter].rank;
-  if (rank >= R) return;
-  const F* a = static_cast<const F*>(table.adapters[tile.adapter].a) + rank * K;
-  const std::int64_t begin = std::int64_t(blockIdx.z) * columns;
-  const std::int64_t end = begin + columns < K ? begin + columns : K;
-  std::int64_t rows[kSegmentedFew];
-  float sum[kSegmentedFew] = {};
-#pragma unroll
-  for (int i = 0; i < kSegmentedFew; ++i) rows[i] = segmented_row(call, tile, i);
-#pragma unroll 2
-  for (std::int64_t column = begin + lane; column < end; column += kWarp) {
-    const float right = as_f32(a[column]);
-#pragma unroll
-    for (int i = 0; i < kSegmentedFew; ++i)
-      if (rows[i] >= 0) sum[i] = __fmaf_rn(as_f32(x[rows[i] * K + column]), right, sum[i]);
-  }
-  const float scaling = table.adapters[tile.adapter].scaling;
-#pragma unroll
-  for (int i = 0; i < kSegmentedFew; ++i) {
-    const float total = warp_sum(sum[i]);
-    if (lane == 0 && i < tile.count)
-      s[(std::int64_t(blockIdx.z) * call.positions + tile.position + i) * stride + rank] = total * scaling;
-  }
+  segmented_shrink_fma<false, T, F>(x, K, call, tile, product_of_block(table, tile, kLoraWarps, K, columns, stride), s);
 }
 
 }  // namespace

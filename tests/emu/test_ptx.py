@@ -131,6 +131,29 @@ def test_segmented_lora(module, K, N, dtype, own):
     _close(got, segmented.segmented_lora(y.double(), x.double(), order, starts, *exact, scalings), 2 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    "K, N, dtype, own", [(37, 21, F32, False), (72, 40, BF16, False), (40, 136, F16, True), (21, 9, BF16, True)]
+)
+def test_segmented_lora_backward(module, K, N, dtype, own):
+    x, y, ranks = torch.randn(4, 3, K).to(dtype), torch.randn(4, 3, N).to(dtype), (5, 20)
+    factors = dtype if own else F32
+    a, b = [torch.randn(r, K).to(factors) / 4 for r in ranks], [torch.randn(N, r).to(factors) / 4 for r in ranks]
+    order, starts = pf.ops.segments(torch.tensor([1, -1, 0, 1]), 2)
+    bias, cotangent = torch.randn(N), torch.randn(4, 3, N).to(dtype)
+
+    def gradients(function, wide=False):
+        leaves = [(t.double() if wide else t.clone()).requires_grad_() for t in (x, *a, *b, bias)]
+        out = function(
+            y.to(leaves[0]), leaves[0], order, starts, leaves[1:3], leaves[3:5], [leaves[5], None], [0.5, 2.0]
+        )
+        return torch.autograd.grad(out, leaves, cotangent.to(out))
+
+    got, names = _run(module, lambda: gradients(pf.ops.segmented_lora))
+    assert len(names) == 4
+    for ours, theirs in zip(got, gradients(segmented.segmented_lora, wide=True), strict=True):
+        _close(ours, theirs, 2 * TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("rows, dtype", [(5, F32), (4097, BF16), (4, F16)])
 def test_ia3(module, rows, dtype):
     x, scale = torch.randn(rows, 24).to(dtype), torch.randn(24)

@@ -199,6 +199,16 @@ void check_segmented_lora(std::int64_t rows, std::int64_t K, std::int64_t N, std
             std::memcpy(out, y.get(), std::size_t(samples * rows * N * size_of(dtype)));
             segmented_lora_cpu(x.get(), out, dtype, K, N, {order, starts, samples, rows}, adapters, factors);
           });
+  const std::int64_t sizes[] = {samples * rows * K, R * K, R * N, N, (R + 3) * K, (R + 3) * N};
+  for (int which = 0; which < 6; ++which) {
+    const DType type = which == 0 ? dtype : which == 3 ? DType::f32 : factors;
+    compare("segmented_lora's gradients", sizes[which], type, 2e-2, rows, N, K, [&](void* out) {
+      const auto is = [&](int number) { return which == number ? out : nullptr; };
+      if (which == 0) std::memset(out, 0, std::size_t(sizes[0] * size_of(dtype)));
+      segmented_lora_backward_cpu(y.get(), x.get(), is(0), dtype, K, N, {order, starts, samples, rows}, adapters,
+                                  factors, {{is(1), is(2), static_cast<float*>(is(3))}, {}, {is(4), is(5), nullptr}});
+    });
+  }
 }
 
 void check_ia3(std::int64_t M, std::int64_t D, DType dtype) {

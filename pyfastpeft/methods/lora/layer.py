@@ -266,7 +266,21 @@ class LoraLinear(MethodLayer):
                 bias = None
             for held, value in zip((a, b, scalings, biases), (*factors, bias), strict=True):
                 held.append(value)
-        return ops.segmented_lora(y, x.to(y.dtype), order, starts, a, b, biases, scalings)
+        x = self._drop_mixed(batch, x.to(y.dtype))
+        return ops.segmented_lora(y, x, order, starts, a, b, biases, scalings)
+
+    def _drop_mixed(self, batch: MixedBatch, x: torch.Tensor) -> torch.Tensor:
+        """dropout(x), each sample's with its adapter's probability."""
+        rates = {name: self._dropout_p(name) for name in batch.adapters if name in self.lora_A}
+        if not any(rates.values()):
+            return x
+        if len(set(rates.values())) == 1:
+            return nn.functional.dropout(x, next(iter(rates.values())))
+        repeats = batch.repeats(x)
+        rate = torch.tensor([rates.get(name, 0.0) for name in batch.names for _ in range(repeats)], device=x.device)
+        rate = rate.view(-1, *[1] * (x.dim() - 1))
+        kept = torch.rand(x.shape, device=x.device) >= rate
+        return x * (kept / (1 - rate).clamp_min(1e-30)).to(x.dtype)
 
     def _forward_together(self, base, x: torch.Tensor) -> torch.Tensor:
         """Several adapters as one of the summed rank: A = [A₁; A₂], B = [s₁ B₁, s₂ B₂], so x is read once."""

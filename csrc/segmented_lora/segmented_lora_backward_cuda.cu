@@ -111,14 +111,6 @@ __global__ void __launch_bounds__(kLoraThreads)
 
 // ---- second launch --------------------------------------------------------------------------------------------------
 
-// The whole segment of an adapter; without rows where the numbers of the batch are wrong.
-__device__ __forceinline__ SegmentedTile segment(const SegmentedCall& call, int adapter) {
-  const std::int64_t begin = std::int64_t(call.starts[adapter]) * call.rows,
-                     end = std::int64_t(call.starts[adapter + 1]) * call.rows;
-  if (begin < 0 || end > call.positions || end < begin) return {adapter, 0, 0};
-  return {adapter, int(begin), int(end - begin)};
-}
-
 // The value of S or P of a position and rank, its parts summed in order.
 __device__ __forceinline__ float low_value(const Low& low, const SegmentedCall& call, std::int64_t stride,
                                            std::int64_t position, int rank) {
@@ -171,7 +163,7 @@ __device__ __forceinline__ void gather_mma(const SegmentedBackward<T>& work, con
   const std::int64_t D = gradient.of_b ? work.N : work.K;
   const Low& low = gradient.of_b ? work.s : work.p;
   const std::int64_t mine = gradient.first_column + 8 * g;  // the eight columns this lane reads
-  const SegmentedTile rows = segment(work.call, gradient.adapter);
+  const SegmentedTile rows = segmented_segment(work.call, gradient.adapter);
   float sum[8][4] = {};
 #pragma unroll 1
   for (int turn = 16 * warp; turn < rows.count; turn += 16 * kLoraWarps) {
@@ -214,7 +206,7 @@ __device__ __forceinline__ void gather_fma(const SegmentedBackward<T>& work, con
   const T* from = gradient.of_b ? work.dy : work.x;
   const std::int64_t D = gradient.of_b ? work.N : work.K, column = gradient.first_column + lane;
   const Low& low = gradient.of_b ? work.s : work.p;
-  const SegmentedTile rows = segment(work.call, gradient.adapter);
+  const SegmentedTile rows = segmented_segment(work.call, gradient.adapter);
   float sum[kLoraWarps] = {};
 #pragma unroll 1
   for (int place = warp; place < rows.count; place += kLoraWarps) {
@@ -242,7 +234,7 @@ __device__ __forceinline__ void sum_bias(const SegmentedBackward<T>& work, const
   const std::int64_t column = block % across * kLoraThreads + threadIdx.x;
   const SegmentedBackwardAdapter& entry = table.adapters[adapter];
   if (entry.grad_bias == nullptr || column >= work.N) return;
-  const SegmentedTile rows = segment(work.call, adapter);
+  const SegmentedTile rows = segmented_segment(work.call, adapter);
   float sum = 0;
 #pragma unroll 8
   for (int i = 0; i < rows.count; ++i) {

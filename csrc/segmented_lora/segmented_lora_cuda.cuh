@@ -31,15 +31,22 @@ struct SegmentedTile {
   int count;
 };
 
+// The rows of an adapter's segment, if its bounds are some of the batch's: the device's numbers are nobody's to check before.
+__device__ __forceinline__ SegmentedTile segmented_segment(const SegmentedCall& call, int adapter) {
+  const std::int64_t begin = std::int64_t(call.starts[adapter]) * call.rows,
+                     end = std::int64_t(call.starts[adapter + 1]) * call.rows;
+  if (begin < 0 || end > call.positions || end < begin) return {adapter, 0, 0};
+  return {adapter, int(begin), int(end - begin)};
+}
+
 // Tile number `tile` of all segments' rows, kRows at a time: the same for every thread of the block.
 template <int kRows>
 __device__ __forceinline__ SegmentedTile segmented_tile(const SegmentedCall& call, std::int64_t tile) {
   for (int i = 0; i < call.adapters; ++i) {
-    const std::int64_t begin = std::int64_t(call.starts[i]) * call.rows,
-                       end = std::int64_t(call.starts[i + 1]) * call.rows;
-    if (begin < 0 || end > call.positions) return {-1, 0, 0};
-    const std::int64_t first = begin + tile * kRows, tiles = (end - begin + kRows - 1) / kRows;
-    if (tile < tiles) return {i, int(first), int(end - first < kRows ? end - first : kRows)};
+    const SegmentedTile whole = segmented_segment(call, i);
+    const std::int64_t first = tile * kRows, tiles = (std::int64_t(whole.count) + kRows - 1) / kRows;
+    if (tile < tiles)
+      return {i, whole.position + int(first), whole.count - int(first) < kRows ? whole.count - int(first) : kRows};
     tile -= tiles;
   }
   return {-1, 0, 0};

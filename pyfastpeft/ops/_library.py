@@ -200,8 +200,10 @@ def _register_autograd_of_lists(
     Differentiable.__name__ = Differentiable.__qualname__ = f"{name}_autograd"
 
     def kernel(keyset, *args):
+        if not torch.is_grad_enabled():
+            return below(keyset, args)
         tensors = flat(args)
-        if not (torch.is_grad_enabled() and _any_requires_grad(*tensors)):
+        if not _any_requires_grad(*tensors):
             return below(keyset, args)
         sizes = [len(arg) if i in lists else None for i, arg in enumerate(args)]
         tensors = [unwrap_if_dead(t) if isinstance(t, torch.Tensor) else t for t in tensors]

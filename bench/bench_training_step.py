@@ -1,7 +1,7 @@
 """A whole training step (forward, backward, optimizer) of an 84 M-parameter Llama shape, 4 x 256 tokens, bf16, rank 16.
 
 "frozen base" is forward + backward to the inputs with no adapter: no adapter can be faster with that base. One row for
-LoRA and one for QLoRA, each beside PEFT's.
+LoRA, one for QLoRA and one for (IA)³, each beside PEFT's.
 """
 
 from .models import BATCH, LAYERS, MODELS, TOKENS, training_step
@@ -18,13 +18,13 @@ def run(suite) -> None:
 
     def check():
         # one batch, one random base: what adapters start from is the base itself, so the losses agree
-        losses = {name: step() for name, step in steps.items() if name.startswith(("LoRA", "frozen"))}
+        losses = {name: step() for name, step in steps.items() if name.startswith(("LoRA", "(IA)³", "frozen"))}
         low, high = min(losses.values()), max(losses.values())
         assert high - low <= 0.02 * high, f"first losses differ: {losses}"
 
-    for method in ("LoRA", "QLoRA"):
+    for method in ("LoRA", "QLoRA", "(IA)³"):
         ours = f"{method}, ours"
-        others = [n for n in steps if n != ours and (n.startswith(f"{method},") or not n.startswith(("LoRA", "QLoRA")))]
+        others = [name for name in steps if name != ours and name.partition(",")[0] in (method, name)]
         candidates = {ours: steps[ours], **{name: steps[name] for name in others}}
         result = suite.compare(
             f"{method} step, {layers} layers, {BATCH}x{TOKENS} tokens", candidates,

@@ -25,6 +25,8 @@ from pyfastpeft._native import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("bitsandbytes", "peft", "torchao")
+# what holds ours, torch and oneDNN down to an instruction set
+FORCED = ("PYFASTPEFT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 # shorter calls are repeated within a sample: a clock reading and a thread wake-up must not show
 MIN_SAMPLE_SECONDS = 2e-3
 QUICK_ROW_SECONDS = 1.0  # --quick: fewer rounds where a row would take longer, but never fewer than 3
@@ -63,6 +65,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "isa": _C.cpu_isa(),
         "threads": torch.get_num_threads(),
+        "forced": {name: os.environ[name] for name in FORCED if name in os.environ},
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", *PEERS)},
@@ -78,10 +81,13 @@ def sample(f: Callable[[], object], repeats: int = 1) -> float:
 
 
 def limits() -> dict[str, float]:
-    """What this machine can do: bytes read + written per second, and torch's matmul rate, each the best of several."""
+    """What this machine can do: bytes read + written per second, and torch's matmul rate, each the best of several.
+
+    A copy whose stores do not bypass the cache also reads what it overwrites; an update in place does not. The better counts.
+    """
     source = torch.ones(64 << 20)
-    target = torch.empty_like(source)
-    copy = min(sample(lambda: target.copy_(source)) for _ in range(8))
+    target = torch.ones_like(source)
+    copy = min(sample(f) for _ in range(8) for f in (lambda: target.copy_(source), lambda: target.neg_()))
     found = {"copy_bytes_per_second": 2 * source.nbytes / copy}
     n = 2048
     for dtype in (torch.bfloat16, torch.float32):

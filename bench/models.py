@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -76,12 +77,25 @@ def _peft(layers: int, quantise: bool):
     return peft.get_peft_model(model, config)
 
 
+def _ia3(package: str):
+    def build(layers: int):
+        library = importlib.import_module(package)
+        config = library.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        )
+        return library.get_peft_model(llama(layers), config)
+
+    return build
+
+
 # name → (builder of the model for a number of layers, the packages it needs)
 MODELS: dict[str, tuple[Callable[[int], torch.nn.Module], tuple[str, ...]]] = {
     "LoRA, ours": (lambda layers: _ours(layers, False), ()),
     "LoRA, peft": (lambda layers: _peft(layers, False), ("peft",)),
     "QLoRA, ours": (lambda layers: _ours(layers, True), ()),
     "QLoRA, peft + bitsandbytes": (lambda layers: _peft(layers, True), ("peft", "bitsandbytes")),
+    "(IA)³, ours": (_ia3("pyfastpeft"), ()),
+    "(IA)³, peft": (_ia3("peft"), ("peft",)),
     "frozen base": (_frozen, ()),
     "full fine-tuning": (_full, ()),
 }

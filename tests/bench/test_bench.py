@@ -11,7 +11,17 @@ from pyfastpeft import _bench
 from pyfastpeft.cli import app
 
 _bench.load()
-from pyfastpeft.bench import bench_methods, bench_scaling, command, methods_table, quality, readme_table, report, suite  # noqa: E402
+from pyfastpeft.bench import (
+    bench_methods,
+    bench_scaling,
+    command,
+    methods_table,
+    quality,
+    readme_table,
+    report,
+    suite,
+    targets_table,
+)  # noqa: E402
 
 
 @pytest.fixture
@@ -201,3 +211,17 @@ def test_quality_of_a_method(tmp_path, capsys):
         with pytest.raises(SystemExit):
             quality.main([*how, *wrong])
     assert "there is no method 'Lora'" in (errors := capsys.readouterr().err) and "was made with" in errors
+
+
+def test_the_table_of_targets_marks_what_was_met():
+    row = {"section": "matmul", "row": "M 16 bfloat16 forward", "a_a_spread": 0.01, "of_copy": 0.1, "of_matmul": 0.6,
+           "speedup": {"bitsandbytes": 5.0, "bitsandbytes eval": 2.0, "dense": 1.095}}  # fmt: skip
+    aim = ("work", "matmul", "M 16 bfloat16 forward", [("peers", 3), ("dense", 1.1)], None)
+    # the best peer decides; 1.095 is 1.1 within the spread
+    assert targets_table.cells({"rows": [row]}, aim) == "2.00×, **1.09×**, 60% of matmul, A/A 1.0%"
+    assert targets_table.cells({"rows": [{**row, "a_a_spread": 0.001}]}, aim).startswith("2.00×, 1.09×")
+    assert targets_table.cells({"rows": []}, aim) == "–"
+    assert targets_table.aims((*aim[:4], 0.6)) == "3× best peer, 1.1× dense, 60% of copy"
+    assert targets_table.cells({"rows": [row]}, (*aim[:3], [], 0.6)) == "10% of copy, 60% of matmul, A/A 1.0%"
+    with_share = targets_table.cells({"rows": [{**row, "of_copy": 0.7}]}, (*aim[:3], [], 0.6))
+    assert with_share.startswith("**70% of copy**")

@@ -11,7 +11,7 @@ from pyfastpeft import _bench
 from pyfastpeft.cli import app
 
 _bench.load()
-from pyfastpeft.bench import (
+from pyfastpeft.bench import (  # noqa: E402
     bench_methods,
     bench_scaling,
     command,
@@ -21,7 +21,7 @@ from pyfastpeft.bench import (
     report,
     suite,
     targets_table,
-)  # noqa: E402
+)
 
 
 @pytest.fixture

@@ -49,4 +49,22 @@ void nf4_panel_cpu(const Nf4Matrix& w,
                    const Nf4LowRank& low,  //
                    bf16* y);               // [M, N], overwritten
 
+// The low-rank path's part of dX: dS [M, R] = scaling · dY · B, made before (lora_shrink_cpu), and A.
+struct Nf4BackwardLowRank {
+  const float* ds;  // [M, R]
+  const float* a;   // [R, K]
+  std::int64_t R;   // 0: none
+};
+
+// dX = dY·W + dS·A for any number of rows: each output is one fp32 sum, rounded once, added up in one order whatever M and
+// the number of threads. Where dY is bf16 and the processor multiplies it (AVX-512 BF16, AMX), W (scaled in fp32), dS and A
+// are rounded to bf16 once; else all of it stays fp32. Scratch: 4 MiB of packed dY, for each thread 290 KiB. (S, which dB
+// takes, is not read here: lora_accumulate_cpu has it as an argument.)
+void nf4_backward_cpu(const Nf4Matrix& w,
+                      const void* dy,  // [M, N] of `dtype`, row-major
+                      std::int64_t M,
+                      const Nf4BackwardLowRank& low,
+                      DType dtype,  // of dy and dx
+                      void* dx);    // [M, K], overwritten
+
 }  // namespace pyfastpeft

@@ -71,6 +71,26 @@ void product(const PackedWeight& w, Address x, std::int64_t x_numel, std::int64_
     nf4_matvec_cpu(m, from, M, added, low, x_dtype, to);
 }
 
+void backward(const PackedWeight& w, Address dy, std::int64_t dy_numel, std::int64_t M, Address ds,
+              std::int64_t ds_numel, Address a, std::int64_t a_numel, std::int64_t R, int dtype, Address dx,
+              std::int64_t dx_numel) {
+  const char* op = "linear_4bit_backward";
+  const Nf4Matrix& m = w.matrix;
+  check_count(dy_numel, M * m.N, op, "grad_output", "M·N");
+  check_count(dx_numel, M * m.K, op, "grad_x", "M·K");
+  Nf4BackwardLowRank low{};
+  if (R > 0) {
+    check_count(ds_numel, M * R, op, "ds", "M·R");
+    check_count(a_numel, R * m.K, op, "lora_a", "R·K");
+    low = {pointer<const float>(ds, ds_numel, op, "ds"), pointer<const float>(a, a_numel, op, "lora_a"), R};
+  }
+  const DType grad_dtype = dtype_of(dtype, op);
+  const void* from = pointer<void>(dy, dy_numel, op, "grad_output");
+  void* to = pointer<void>(dx, dx_numel, op, "grad_x");
+  const py::gil_scoped_release release;
+  nf4_backward_cpu(m, from, M, low, grad_dtype, to);
+}
+
 #if defined(PYFASTPEFT_WITH_CUDA)
 std::int64_t matmul_workspace(std::int64_t M, std::int64_t N, std::int64_t K) {
   check(M >= 0 && N >= 0 && K >= 0, "linear_4bit: sizes ", M, ", ", N, ", ", K, " of M, N, K, expected none below 0");
@@ -176,6 +196,9 @@ void register_nf4_matmul(py::module_& m) {
         py::arg("cols"), py::arg("dtype"), py::arg("out"), py::arg("out_numel"));
   define_product(m, "nf4_matvec_cpu", &product<false>);
   define_product(m, "nf4_panel_cpu", &product<true>);
+  m.def("nf4_backward_cpu", &backward, py::arg("weight"), py::arg("grad_output"), py::arg("grad_numel"), py::arg("M"),
+        py::arg("ds"), py::arg("ds_numel"), py::arg("a"), py::arg("a_numel"), py::arg("R"), py::arg("dtype"),
+        py::arg("grad_x"), py::arg("grad_x_numel"));
   m.def("nf4_panel_available", &nf4_panel_available);
 #if defined(PYFASTPEFT_WITH_CUDA)
   m.def("nf4_matmul_workspace", &matmul_workspace, py::arg("M"), py::arg("N"), py::arg("K"));

@@ -103,11 +103,12 @@ void nf4_matvec_cpu(const Nf4Matrix& w, const void* x, std::int64_t M, const flo
   });
 }
 
-void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, bf16* out) {
+void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, DType dtype, void* out) {
   Nf4DequantizeBlocks* const dequantize = dequantize_variant();
-  const std::int64_t end = first + count, block = w.blocksize;
+  const std::int64_t end = first + count, block = w.blocksize, bytes = size_of(dtype);
+  char* to = static_cast<char*>(out);
   float absmax[kRun], scales[kRun];
-  alignas(64) bf16 edge[kNf4Group];
+  alignas(64) char edge[kNf4Group * 4];
   // a long block is decoded as short ones of one scale
   const std::int64_t size = std::min(block, kNf4Group);
   for (std::int64_t at = first; at < end;) {
@@ -117,12 +118,11 @@ void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t coun
     const std::int64_t from = origin / block, blocks = (origin + pieces * size - 1) / block - from + 1;
     nf4_decode_absmax(w.absmax, from, blocks, absmax);
     for (std::int64_t i = 0; i < pieces; ++i) scales[i] = absmax[(origin + i * size) / block - from];
-    dequantize({w.packed + origin / 2, w.N * w.K - origin, size, w.type, DType::bf16, part ? edge : out}, scales, 0,
-               pieces);
+    dequantize({w.packed + origin / 2, w.N * w.K - origin, size, w.type, dtype, part ? edge : to}, scales, 0, pieces);
     const std::int64_t done = std::min(end, origin + pieces * size) - at;
-    if (part) std::copy_n(edge + (at - origin), done, out);
+    if (part) std::memcpy(to, edge + (at - origin) * bytes, std::size_t(done * bytes));
     at += done;
-    out += done;
+    to += done * bytes;
   }
 }
 

@@ -63,6 +63,7 @@ void nf4_decode_blocks(const Nf4Matrix& w, std::int64_t first, std::int64_t bloc
 constexpr std::int64_t kNf4PanelRows = 128;  // of W, decoded at a time: a multiple of every variant's rows
 constexpr std::int64_t kNf4PanelColumns =
     256;  // likewise: those of two token groups stay in half of the smallest L1 cache
+constexpr std::int64_t kNf4PanelStride = kNf4PanelColumns + 32;  // rows begin 64 bytes apart in the cache's sets
 
 // Where the columns of a panel end: K rounded up to what a variant decodes at a time, then R to a tile's.
 struct Nf4PanelColumns {
@@ -96,7 +97,37 @@ struct Nf4PanelVariant {
 extern const Nf4PanelVariant nf4_panel_avx512, nf4_panel_amx;
 #endif
 
+// ---- dX = dY·W: nf4_backward_kernel.h --------------------------------------------------------------------------------
+struct Nf4BackwardArgs {
+  const Nf4Matrix* w;
+  const void* dy;  // [M, N] of `dtype`
+  std::int64_t M;
+  DType dtype;
+  const float* ds;        // [M, R]
+  const float* a;         // [R, K]
+  std::int64_t R;         // 0: no low-rank path
+  std::int64_t low_rank;  // the first term of the low-rank path: N rounded up to the variant's pad
+  std::int64_t terms;     // and the last: as many more, rounded up likewise
+  void* u;                // [ceil(terms / chunk), nf4_backward_tokens(M), stride]: dy and ds as `pack` wrote them
+  void* dx;               // [M, K] of `dtype`
+};
+
+struct Nf4BackwardVariant {
+  void (*pack)(const Nf4BackwardArgs& args, std::int64_t begin, std::int64_t end);     // of nf4_backward_tokens(M)
+  void (*columns)(const Nf4BackwardArgs& args, std::int64_t begin, std::int64_t end);  // of dX, in groups of kNf4Group
+  std::int64_t chunk, stride, size;                                                    // of u; bytes of a value
+  std::int64_t pad;
+};
+constexpr std::int64_t kNf4AmxTokens = 12;  // from which on AMX, whose tile has 16, gains on AVX-512: a cycle model's
+inline std::int64_t nf4_backward_tokens(std::int64_t M) { return (M + 31) / 32 * 32; }  // as many as a product may read
+
+extern const Nf4BackwardVariant nf4_backward_f32_scalar;
+#if defined(__x86_64__)
+extern const Nf4BackwardVariant nf4_backward_f32_avx2, nf4_backward_f32_avx512, nf4_backward_bf16_avx512;
+extern const Nf4BackwardVariant nf4_backward_bf16_amx;
+#endif
+
 // Writes values [first, first + count) of W to out.
-void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, bf16* out);
+void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, DType dtype, void* out);
 
 }  // namespace pyfastpeft

@@ -12,6 +12,7 @@
 // 16 tokens then cost about 2.8 ms where the dot products cost 3.5, and 8 tokens 2.6 and 1.7: hence _FEW_ROWS. 512 tokens on
 // two threads: 5 ms, 75 % of the tile unit's rate.
 #include "common/amx_tiles.h"
+#include "nf4/nf4_backward_kernel.h"
 #include "nf4/nf4_panel_kernel.h"
 
 namespace pyfastpeft {
@@ -86,9 +87,12 @@ struct PanelAmx {
 
 #if !defined(PYFASTPEFT_AMX_TWIN)
 const Nf4PanelVariant nf4_panel_amx = {nf4_panel_pack, nf4_panel_rows<PanelAmx>};
+const Nf4BackwardVariant nf4_backward_bf16_amx = nf4_backward_variant<BackwardBf16<PanelAmx>>();
 #else
 extern const Nf4PanelVariant nf4_panel_amx_twin;
+extern const Nf4BackwardVariant nf4_backward_bf16_amx_twin;
 const Nf4PanelVariant nf4_panel_amx_twin = {nf4_panel_pack, nf4_panel_rows<PanelAmx>};
+const Nf4BackwardVariant nf4_backward_bf16_amx_twin = nf4_backward_variant<BackwardBf16<PanelAmx>>();
 #endif
 
 }  // namespace pyfastpeft

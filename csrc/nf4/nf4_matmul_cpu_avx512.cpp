@@ -1,4 +1,5 @@
 // The 4-bit matrix product on AVX-512: bf16 by vdpbf16ps, fp32 and fp16 by fp32 FMA.
+#include "nf4/nf4_backward_kernel.h"
 #include "nf4/nf4_bf16_avx512.h"
 #include "nf4/nf4_dots_kernel.h"
 #include "nf4/nf4_matvec_kernel.h"
@@ -132,6 +133,8 @@ struct PanelAvx512 {
 }  // namespace
 
 const Nf4PanelVariant nf4_panel_avx512 = {nf4_panel_pack, nf4_panel_rows<PanelAvx512>};
+const Nf4BackwardVariant nf4_backward_bf16_avx512 = nf4_backward_variant<BackwardBf16<PanelAvx512>>();
+const Nf4BackwardVariant nf4_backward_f32_avx512 = nf4_backward_variant<BackwardF32Decoded<F32Avx512, 12>>();
 const Nf4MatvecVariant nf4_matvec_any_avx512 = {nf4_pack_any<VecAvx512>, nf4_matvec_rows<VecAvx512>, kNf4MatvecPad, 4};
 const Nf4MatvecVariant nf4_matvec_bf16_avx512 = {pack_bf16, nf4_dots_rows<Bf16Avx512>, Bf16Avx512::columns, 2};
 const Nf4MatvecVariant nf4_matvec_f32_avx512 = {pack_f32, nf4_dots_rows<F32Avx512>, F32Avx512::columns, 4};

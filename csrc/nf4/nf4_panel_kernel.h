@@ -30,8 +30,6 @@
 namespace pyfastpeft {
 namespace {
 
-constexpr std::int64_t kNf4PanelStride = kNf4PanelColumns + 32;  // rows begin 64 bytes apart in the cache's sets
-
 // 32-bit elements: to[j][i] = from[i][j], i, j < 16.
 inline void nf4_transpose_16x16(const void* from, std::int64_t from_stride, void* to, std::int64_t to_stride) {
   const auto* in = static_cast<const char*>(from);
@@ -142,7 +140,7 @@ inline void nf4_panel_fill(const Nf4PanelArgs& args, [[maybe_unused]] const Nf4S
   for (std::int64_t r = 0; r < count; ++r) {
     bf16* const to = panel + r * kNf4PanelStride;
     if (rank < 0)
-      nf4_decode_values(*args.w, (n + r) * K + k, some, to);
+      nf4_decode_values(*args.w, (n + r) * K + k, some, DType::bf16, to);
     else
       for (std::int64_t i = 0; i < some; ++i) to[i] = from_f32<bf16>(args.b[(n + r) * args.R + rank + i]);
     std::memset(static_cast<void*>(to + some), 0, std::size_t(columns - some) * sizeof(bf16));

@@ -59,16 +59,17 @@ def add_lora_(y, x, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
     return s
 
 
-def lora_backward_(grad_x, grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b):
+def lora_backward_(grad_x, grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b, ds=None):
     """Adds the low-rank part to grad_x (None: not wanted); returns (grad_lora_a, grad_lora_b), None where not wanted.
 
     grad [M, N], x [M, K] and the forward's s [M, R] are contiguous; x is read only for A's gradient, s only for B's.
+    ds: scaling · grad · B, where known.
     """
     key = _key(dropout_p, seed)
     a = _f32(lora_a)
     grad_a = grad_b = None
     if grad_x is not None or need_a:
-        ds = _shrink(grad, _f32(lora_b.t()), scaling, 0.0, 0)
+        ds = _shrink(grad, _f32(lora_b.t()), scaling, 0.0, 0) if ds is None else ds
         if grad_x is not None:
             _expand_(grad_x, ds, a, dropout_p, key)
         if need_a:

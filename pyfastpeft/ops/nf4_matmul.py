@@ -112,6 +112,17 @@ def _fused(kernel, w: _Weight, x, bias, s, lora_b, y) -> None:
     )  # fmt: skip
 
 
+def _fused_backward(w: _Weight, grad, ds, lora_a, grad_x) -> None:
+    """grad_x = grad·W + ds·lora_a from the packed bytes; ds [M, R] float32 or None."""
+    added = [None if t is None else t.to(torch.float32).contiguous() for t in (ds, lora_a)]
+    addresses = [(0, 0) if t is None else (t.data_ptr(), t.numel()) for t in added]
+    code = dtype_code(grad.dtype, "linear_4bit_backward", "grad_output")
+    _C.nf4_backward_cpu(
+        w.view, grad.data_ptr(), grad.numel(), grad.shape[0], *addresses[0], *addresses[1],
+        0 if ds is None else ds.shape[1], code, grad_x.data_ptr(), grad_x.numel(),
+    )  # fmt: skip
+
+
 def _tile_dtype(dtype: torch.dtype) -> torch.dtype:
     slow = dtype == torch.float16 or (dtype == torch.bfloat16 and _C.cpu_isa() == "avx2")
     return torch.float32 if slow else dtype
@@ -228,15 +239,23 @@ def _backward_cpu(
     N, K = _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
-    grad_x = grad_a = grad_b = None
+    grad_x = grad_a = grad_b = ds = None
+    added = False  # whether grad_x has its low-rank part
     if need_x:
         grad_x = empty(grad.shape[0], K)
-        if grad_x.numel():
+        direct = _C.cpu_isa() != "scalar" or grad.shape[0] <= matvec_rows(grad.dtype)
+        if grad_x.numel() and direct:
+            added = lora_a is not None and dropout_p == 0  # a mask belongs to the low-rank part alone
+            ds = shrink(grad, lora_b.t(), scaling, 0.0, None) if added else None
+            _fused_backward(_Weight(*flat, N, K), grad, ds, lora_a if added else None, grad_x)
+        elif grad_x.numel():
             _matmul_backward(_Weight(*flat, N, K), grad, grad_x)
     if lora_a is not None:
         rows = as_rows(x) if need_a or need_b else None
         s = shrink(rows, lora_a, scaling, dropout_p, seed) if need_b else None
-        grad_a, grad_b = lora_backward_(grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b)
+        grad_a, grad_b = lora_backward_(
+            None if added else grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b, ds
+        )
     return (
         grad_x.view(*grad_output.shape[:-1], K) if need_x else empty(0),
         grad.sum(0, dtype=torch.float32) if need_bias else empty(0, dtype=torch.float32),

@@ -19,8 +19,8 @@ float value(const Nf4Matrix& w, std::int64_t i) {
 }  // namespace
 
 namespace pyfastpeft {
-void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, bf16* out) {
-  for (std::int64_t i = 0; i < count; ++i) out[i] = from_f32<bf16>(value(w, first + i));
+void nf4_decode_values(const Nf4Matrix& w, std::int64_t first, std::int64_t count, DType, void* out) {  // bf16 alone
+  for (std::int64_t i = 0; i < count; ++i) static_cast<bf16*>(out)[i] = from_f32<bf16>(value(w, first + i));
 }
 }  // namespace pyfastpeft
 

@@ -26,9 +26,9 @@ const Nf4BackwardVariant& variant([[maybe_unused]] DType dtype, [[maybe_unused]]
   return nf4_backward_f32_scalar;
 }
 
-constexpr std::int64_t kTokens = 512;      // at a time: their sums stay in the L2 cache
-constexpr std::int64_t kBytes = 4 << 20;   // of packed dY at a time, and little more
-constexpr std::int64_t kGrain = 1 << 20;   // products, below which a second thread costs more than it brings
+constexpr std::int64_t kTokens = 256;           // at a time: their sums stay in the L2 cache
+constexpr std::int64_t kBytes = 4 << 20;        // of packed dY at a time, and little more
+constexpr std::int64_t kGrain = 1 << 20;        // products, below which a second thread costs more than it brings
 constexpr std::int64_t kGrainPacked = 1 << 16;  // the same for values to pack
 
 }  // namespace

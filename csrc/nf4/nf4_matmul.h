@@ -62,8 +62,7 @@ struct Nf4BackwardLowRank {
 // takes, is not read here: lora_accumulate_cpu has it as an argument.)
 void nf4_backward_cpu(const Nf4Matrix& w,
                       const void* dy,  // [M, N] of `dtype`, row-major
-                      std::int64_t M,
-                      const Nf4BackwardLowRank& low,
+                      std::int64_t M, const Nf4BackwardLowRank& low,
                       DType dtype,  // of dy and dx
                       void* dx);    // [M, K], overwritten
 

@@ -52,6 +52,26 @@ extern "C" void panel_amx_twin(const std::uint8_t* packed, const float* absmax, 
   for (std::int64_t n = 0; n < N; n += step) nf4_panel_amx_twin.rows(args, n, std::min(N, n + step));
 }
 
+// dx [M, K] = dy [M, N]·W + ds [M, R]·a [R, K]; columns in `parts` calls.
+extern "C" void backward_amx_twin(const std::uint8_t* packed, const float* absmax, const std::uint8_t* codes,
+                                  const float* nested_absmax, const float* nested_map, const float* offset,
+                                  std::int64_t N, std::int64_t K, std::int64_t blocksize, int fp4, const void* dy,
+                                  std::int64_t M, const float* ds, const float* a, std::int64_t R, std::int64_t parts,
+                                  void* dx) {
+  const Nf4Matrix w{packed,    {codes == nullptr ? absmax : nullptr, codes, nested_absmax, nested_map, offset},
+                    N,         K,
+                    blocksize, fp4 ? QuantType::fp4 : QuantType::nf4};
+  const Nf4BackwardVariant& way = nf4_backward_bf16_amx_twin;
+  const std::int64_t low_rank = (N + way.pad - 1) / way.pad * way.pad,
+                     terms = low_rank + (R + way.pad - 1) / way.pad * way.pad;
+  const std::int64_t tokens = nf4_backward_tokens(M), chunks = (terms + way.chunk - 1) / way.chunk;
+  const std::unique_ptr<char[]> space(new char[std::size_t(chunks * tokens * way.stride * way.size)]);
+  const Nf4BackwardArgs args{&w, dy, M, DType::bf16, ds, a, R, low_rank, terms, space.get(), dx};
+  way.pack(args, 0, tokens);
+  const std::int64_t units = (K + kNf4Group - 1) / kNf4Group, step = (units + parts - 1) / parts;
+  for (std::int64_t u = 0; u < units; u += step) way.columns(args, u, std::min(units, u + step));
+}
+
 // c [16, 16] += a [16, 32]·b [16, 16, 2], one tile instruction.
 extern "C" void tdpbf16ps_twin(float* c, const void* a, const void* b) {
   const AmxTiles tiles;

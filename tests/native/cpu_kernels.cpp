@@ -157,6 +157,9 @@ void check_4bit(const Shape& shape, DType dtype, QuantType type, bool nested) {
   compare("matvec", M * N, dtype, tolerance, M, N, K, [&](void* y) {
     nf4_matvec_cpu(w, x.get(), M, N % 2 == 0 ? bias.as() : nullptr, {s.as(), b.as(), R}, dtype, y);
   });
+  Buffer dy = random(M * N, dtype), a = random(R * K, DType::f32);
+  compare("backward", M * K, dtype, tolerance, M, N, K,
+          [&](void* dx) { nf4_backward_cpu(w, dy.get(), M, {s.as(), a.as(), R}, dtype, dx); });
   if (dtype != DType::bf16) return;
   compare("panel", M * N, dtype, tolerance, M, N, K, [&](void* y) {  // where there is none: the other kernel
     const float* const added = N % 2 == 0 ? bias.as() : nullptr;
@@ -257,9 +260,9 @@ int main() {
   const DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
   // odd everything; whole groups with half a vector left; more parts than one; blocks over rows; many nested blocks
   const Shape shapes[] = {
-      {1, 1, 1, 32, 1},      {3, 7, 33, 64, 0},     {2, 5, 64, 64, 17},   {9, 38, 192, 64, 3},
-      {17, 35, 320, 128, 5}, {1, 70, 1088, 64, 16}, {5, 9, 128, 4096, 2}, {0, 3, 64, 64, 1},
-      {4, 12, 130, 32, 4},   {50, 150, 448, 64, 35}};  // panels and chunks of columns, tails of both
+      {1, 1, 1, 32, 1},      {3, 7, 33, 64, 0},      {2, 5, 64, 64, 17},   {9, 38, 192, 64, 3},
+      {17, 35, 320, 128, 5}, {1, 70, 1088, 64, 16},  {5, 9, 128, 4096, 2}, {0, 3, 64, 64, 1},
+      {4, 12, 130, 32, 4},   {50, 150, 448, 64, 35}, {131, 261, 65, 64, 3}};  // panels and chunks of columns, tails of both
   for (const DType dtype : dtypes) {
     for (const Shape& shape : shapes)
       for (const QuantType type : {QuantType::nf4, QuantType::fp4})

@@ -90,6 +90,52 @@ def test_against_fp64(twin, case, kind):
             assert torch.equal(_panel(twin, x, q, bias, s, b, parts), y)
 
 
+def _backward(twin, grad, q, ds, a, parts=1):
+    N, K = q.shape
+    grad_x = torch.full((grad.shape[0], K), torch.nan, dtype=torch.bfloat16)
+    packed, absmax, nested_absmax, nested_map, offset = q.flat()[:5]
+    nested = nested_absmax is not None
+    twin.backward_amx_twin(
+        _address(packed), _address(None if nested else absmax), _address(absmax if nested else None),
+        _address(nested_absmax), _address(nested_map), _address(offset), _size(N), _size(K), _size(q.blocksize),
+        ctypes.c_int(q.quant_type == "fp4"), _address(grad), _size(grad.shape[0]), _address(ds), _address(a),
+        _size(0 if ds is None else ds.shape[1]), _size(parts), _address(grad_x),
+    )  # fmt: skip
+    return grad_x
+
+
+@pytest.mark.parametrize("kind", ["randn", "gelu"])
+@pytest.mark.parametrize("case", [*CASES, (150, 290, 192, 33, 64)])  # more tokens than a block, more terms than a chunk
+def test_backward_against_fp64(twin, case, kind):
+    M, N, K, R, blocksize = case
+    grad = torch.randn(M, N)
+    grad = (torch.nn.functional.gelu(grad) if kind == "gelu" else grad).bfloat16()
+    for quant_type, nested in (("nf4", False), ("fp4", True)):
+        q = pf.ops.quantize_4bit(torch.randn(N, K) / N**0.5, blocksize, quant_type, nested)
+        dense = reference_nf4.dequantize_4bit(*q.flat()[:-1], torch.float32)
+        ds, a = (torch.randn(M, R), torch.randn(R, K)) if R else (None, None)
+        exact, limit = grad.double() @ dense.double(), grad.abs().double() @ dense.abs().double()
+        torchs = grad @ dense.bfloat16()
+        if R:
+            exact, limit = exact + ds.double() @ a.double(), limit + ds.abs() @ a.abs()
+            torchs = torchs + ds.bfloat16() @ a.bfloat16()
+        got = _backward(twin, grad, q, ds, a)
+        assert ((got.double() - exact).abs() <= 2**-7 * limit + 1e-30).all()
+        if got.numel() > 500:
+            assert (got.double() - exact).norm() <= 2 * (torchs.double() - exact).norm()
+        for parts in (2, 3):
+            assert torch.equal(_backward(twin, grad, q, ds, a, parts), got)
+
+
+def test_backward_of_every_code_at_every_place(twin):
+    levels = reference_nf4.quant_map("nf4")
+    for N, K in ((160, 320), (67, 70)):
+        weight = levels[(torch.arange(N)[:, None] * 5 + torch.arange(K)[None, :]) % 16]
+        q = pf.ops.quantize_4bit(weight, 64)
+        grad_x = _backward(twin, torch.eye(N).bfloat16(), q, None, None)
+        assert torch.equal(grad_x, pf.ops.dequantize_4bit(q, dtype=torch.bfloat16))
+
+
 def test_every_code_at_every_place(twin):
     levels = reference_nf4.quant_map("nf4")
     K = 320

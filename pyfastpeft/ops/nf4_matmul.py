@@ -10,10 +10,13 @@ W [N, K] is frozen, so the gradients are those of ops/lora.py without dW. The wh
     many, else       W in tiles of at most TILE_BYTES, each dequantised (rounded once to x's dtype) into one buffer that
                      stays in the cache, and multiplied there by torch's matmul:
                        y  [:, n : n + rows] = x  · W[n : n + rows, :]ᵀ        a tile is some rows of W
-                       dx [:, k : k + cols] = dy · W[:, k : k + cols]         a tile is some columns, so that no sum
-                                                                              is cut into pieces rounded one by one
     float16          the same with fp32 tiles and some rows of x at a time in fp32: CPUs multiply fp16 slowly or not at all;
                      so too bfloat16 where the instruction set is AVX2 (torch: 108 ms for 64 rows of 4096 x 4096, fp32 40)
+
+dX for any number of rows comes straight from the packed bytes too (csrc/nf4/nf4_backward_kernel.h), without dropout with its
+low-rank part in the same sums. The scalar instruction set goes through tiles above a few rows there as well:
+
+    dx [:, k : k + cols] = dy · W[:, k : k + cols]      a tile is some columns: no sum is cut into pieces rounded one by one
 """
 
 from __future__ import annotations

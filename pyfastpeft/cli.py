@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+from pyfastpeft import terminal
 
 app = typer.Typer(
     name="pyfastpeft",
@@ -25,20 +21,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_settings = {"traceback": False}
 
 
 def main() -> None:
     """Entry point of the `pyfastpeft` command."""
     app()
-
-
-def _out() -> Console:
-    return Console()
-
-
-def _err() -> Console:
-    return Console(stderr=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -65,39 +52,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    _settings["traceback"] = show_traceback or os.environ.get("PYFASTPEFT_TRACEBACK", "") not in ("", "0")
-
-
-@contextmanager
-def _errors_in_words() -> Iterator[None]:
-    """Turns an exception into one red message and an exit code: 2 for an option, 130 for Ctrl-C, 1 for the rest."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was saved since the last checkpoint", INTERRUPTED)
-    except Exception as error:
-        from pyfastpeft.finetune.errors import ConfigError
-
-        if _settings["traceback"]:
-            traceback.print_exc()
-        expected = isinstance(error, (ValueError, TypeError, RuntimeError, OSError))
-        text = str(error) or type(error).__name__
-        if not expected:
-            text = f"{type(error).__name__}: {text} (run again with --traceback before the command, and report it)"
-        _fail(text, USAGE if isinstance(error, ConfigError) else FAILURE)
-
-
-def _fail(text: str, code: int) -> None:
-    console = _err()
-    console.print("error: ", style="bold red", end="", soft_wrap=True)
-    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def _say(line: str = "") -> None:
-    _out().print(line, markup=False, highlight=False, soft_wrap=True)
+    terminal.settings["traceback"] = show_traceback or os.environ.get("PYFASTPEFT_TRACEBACK", "") not in ("", "0")
 
 
 JOB, ADAPTER, TRAINING, DATA, RUN = "The job", "Adapter and quantisation", "Training", "Data", "Running and saving"
@@ -199,7 +154,7 @@ def finetune(
     Ctrl-C saves a checkpoint; the same command with --resume then goes on exactly there.
     """
     options = {name: value for name, value in locals().items() if name not in ("demo", "demo_eval_bytes")}
-    with _errors_in_words():
+    with terminal.errors_in_words():
         if demo:
             _demo(options, demo_eval_bytes)
             return
@@ -210,11 +165,13 @@ def finetune(
         if missing:
             raise ConfigError(f"{', '.join(missing)}: missing (or use --demo, which needs none of them)")
         config = FinetuneConfig(**options)
-        result = run(config, console=_err())
+        result = run(config, console=terminal.err())
         if result.interrupted:
-            _say(f"interrupted at step {result.step}/{result.total_steps}; checkpoint saved: {result.checkpoint}")
-            _say("go on with the same command and --resume")
-            raise typer.Exit(INTERRUPTED)
+            terminal.say(
+                f"interrupted at step {result.step}/{result.total_steps}; checkpoint saved: {result.checkpoint}"
+            )
+            terminal.say("go on with the same command and --resume")
+            raise typer.Exit(terminal.INTERRUPTED)
         _finished(result, config)
 
 
@@ -235,7 +192,7 @@ def _finished(result: Any, config: Any) -> None:
         f"try it: pyfastpeft generate --model {config.model} --adapter {result.output} --prompt ...",
     ]
     for line in lines:
-        _say(line)
+        terminal.say(line)
 
 
 def _demo(options: dict[str, Any], eval_bytes: int | None) -> None:
@@ -255,8 +212,8 @@ def _demo(options: dict[str, Any], eval_bytes: int | None) -> None:
         eval_bytes=eval_bytes,
         log_seconds=options["log_seconds"],
         overwrite=options["overwrite"],
-        out=_out(),
-        progress=_err(),
+        out=terminal.out(),
+        progress=terminal.err(),
     )
     if code:
         raise typer.Exit(code)
@@ -291,7 +248,7 @@ def generate(
     echo: Annotated[bool, _option("Print the prompt first.")] = True,
 ) -> None:
     """Generate text with an adapter, streaming to the terminal."""
-    with _errors_in_words():
+    with terminal.errors_in_words():
         from pyfastpeft.finetune.errors import ConfigError
 
         if prompt is None or prompt == "-":
@@ -322,14 +279,9 @@ def generate(
             torch.set_num_threads(threads)
         generator = Generator(config)
         if echo and not chat:
-            _write(prompt)
-        text = generator(prompt, _write if stream else None)
-        _write("\n" if stream else text + "\n")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+            terminal.write(prompt)
+        text = generator(prompt, terminal.write if stream else None)
+        terminal.write("\n" if stream else text + "\n")
 
 
 @app.command()
@@ -343,15 +295,15 @@ def merge(
     ] = "original",
 ) -> None:
     """Merge an adapter into its base: a plain transformers model with its tokenizer."""
-    with _errors_in_words():
+    with terminal.errors_in_words():
         from pyfastpeft.merge import MergeConfig
         from pyfastpeft.merge import merge as run
 
         result = run(MergeConfig(model=model, adapter=adapter, output=output, dtype=dtype, into=into))
         for note in result.notes:
-            _say(f"note: {note}")
+            terminal.say(f"note: {note}")
         kind = str(result.dtype).removeprefix("torch.")
-        _say(f"merged {result.layers} layers; {result.parameters:,} parameters in {kind}: {result.output}")
+        terminal.say(f"merged {result.layers} layers; {result.parameters:,} parameters in {kind}: {result.output}")
 
 
 @app.command()
@@ -371,14 +323,14 @@ def bench(
     list_sections: Annotated[bool, _option("Name the sections and exit.", None, "--list")] = False,
 ) -> None:
     """Measures this machine: every kernel and layer beside the installed peers, with its share of the machine's limits."""
-    with _errors_in_words():
+    with terminal.errors_in_words():
         from pyfastpeft import _bench
 
         _bench.load()
         from pyfastpeft.bench import command
 
         if list_sections:
-            _write(command.section_list())
+            terminal.write(command.section_list())
             return
         code = command.run(
             sections or [], quick=quick, rounds=rounds, threads=threads, json_file=json_file, csv_file=csv_file,
@@ -393,14 +345,14 @@ def doctor(
     as_json: Annotated[bool, _option("The report as JSON, for scripts and bug reports.", None, "--json")] = False,
 ) -> None:
     """Versions, instruction sets, CUDA, OpenMP; which kernel runs where; problems and their fixes."""
-    with _errors_in_words():
+    with terminal.errors_in_words():
         from pyfastpeft.doctor import print_report, report
 
         result = report()
         if as_json:
             import json
 
-            _write(json.dumps(result, indent=2) + "\n")
+            terminal.write(json.dumps(result, indent=2) + "\n")
         else:
             print_report(result)
 

@@ -12,14 +12,11 @@ import torch
 from torch import nn
 
 from pyfastpeft import checkpoint, mixed_batch, prompt_model, status
-from pyfastpeft.adapted_model import AdaptedModel, check_adapter_name, check_config
+from pyfastpeft.adapted_model import AdaptedModel, check_config
+from pyfastpeft.adapter_files import load_adapter_files, save_adapter
 from pyfastpeft.integrations.trainer import teach_trainer
 from pyfastpeft.methods.base import AdapterHolder, PeftConfig, TaskType
-from pyfastpeft.methods.lora.plain import as_plain_lora
-from pyfastpeft.methods.registry import method_for
 from pyfastpeft.nn import as_base_linear
-
-_HUB_KEYWORDS = frozenset("revision token cache_dir force_download local_files_only proxies".split())
 
 
 class PeftModel(nn.Module):
@@ -211,32 +208,20 @@ class PeftModel(nn.Module):
         if not is_main_process:
             return
         gathered = {id(t): k for k, t in self.state_dict(keep_vars=True).items()} if state_dict is not None else {}
+
+        def value_of(tensor: torch.Tensor) -> torch.Tensor:
+            # what is not in state_dict was computed from the live values
+            return state_dict[gathered[id(tensor)]] if id(tensor) in gathered else tensor
+
         for name in names:
-            config, model = self.peft_config[name].copy(), self.get_base_model()
-            method = method_for(config.peft_type)
-            tensors = method.file_tensors(model, config, name)
-            if save_embedding_layers is True or (save_embedding_layers == "auto" and self._vocabulary_resized()):
-                tensors = checkpoint.embedding_tensors(model) | tensors
-            resume = method.resume_tensors(model, config, name)
-            if state_dict is not None:  # what is not in it was computed from the live values
-                tensors, resume = (
-                    {key: state_dict[gathered[id(t)]] if id(t) in gathered else t for key, t in group.items()}
-                    for group in (tensors, resume)
-                )
-            config.inference_mode = True
-            tensors = method.to_file(tensors, config)
-            if path_initial_model_for_weight_conversion is not None:
-                tensors = as_plain_lora(tensors, config, path_initial_model_for_weight_conversion)
-            kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-            checkpoint.write_adapter(
+            save_adapter(
+                self.base_model,
+                name,
                 save_directory if name == "default" else os.path.join(save_directory, name),
-                tensors,
-                config,
                 safe_serialization=safe_serialization,
-                auto_mapping=kind if config.task_type is None else None,
-                card=checkpoint.model_card(config),
-                resume=resume,
-                resume_name=method.resume_name,
+                save_embedding_layers=save_embedding_layers,
+                value_of=value_of,
+                initial=path_initial_model_for_weight_conversion,
             )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
@@ -263,7 +248,7 @@ class PeftModel(nn.Module):
         Raises ValueError, naming the file and what is wrong with it; the model is then left as it was.
         """
         adapted = AdaptedModel(_check_bare(model))
-        config = _load(
+        config = load_adapter_files(
             adapted, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, subfolder, hub_kwargs
         )
         kind = _BY_TASK.get(config.task_type, PeftModel) if cls is PeftModel else cls
@@ -287,20 +272,11 @@ class PeftModel(nn.Module):
 
         A name that exists already gets the values of the file.
         """
-        _load(
+        load_adapter_files(
             self.base_model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, subfolder, hub_kwargs
         )
         if not is_trainable:
             self.eval()
-
-    def _vocabulary_resized(self) -> bool:
-        """Whether the vocabulary differs from that of the local folder the model came from."""
-        config = getattr(self.get_base_model(), "config", None)
-        folder = getattr(config, "_name_or_path", None)
-        if not folder or not os.path.isfile(os.path.join(folder, "config.json")):
-            return False
-        former = type(config).from_pretrained(folder)
-        return getattr(former, "vocab_size", None) != getattr(config, "vocab_size", None)
 
 
 # An instance answers through a forward of its own, with the model's signature (_show_signature); transformers' Trainer
@@ -424,52 +400,3 @@ def _named(config: PeftConfig, model: nn.Module) -> PeftConfig:
         )
     config.base_model_name_or_path = name or config.base_model_name_or_path
     return config
-
-
-def _load(adapted, model_id, name, is_trainable, config, fp32, subfolder, hub_kwargs) -> PeftConfig:
-    """Reads an adapter and adds it: everything is read and compared first, and an error takes all of it out again."""
-    unknown = sorted(set(hub_kwargs) - _HUB_KEYWORDS)
-    if unknown:
-        raise TypeError(f"unknown arguments {unknown}; expected some of {sorted(_HUB_KEYWORDS)}")
-    check_adapter_name(name)
-    if config is None:
-        config = checkpoint.read_config(model_id, subfolder, **hub_kwargs)
-    found = checkpoint.read_tensors(model_id, subfolder, **hub_kwargs)
-    method = method_for(config.peft_type)
-    resume = checkpoint.read_resume(model_id, method.resume_name, subfolder, **hub_kwargs)
-    config = config.copy()
-    config.inference_mode = not is_trainable
-    exists = name in adapted.peft_config
-    if exists and adapted.peft_config[name].peft_type != config.peft_type:
-        held = adapted.peft_config[name].peft_type
-        raise ValueError(
-            f"{os.fspath(model_id)} is an adapter of {config.peft_type.value}, and {name!r} is one of {held.value} "
-            "already; load it under another name"
-        )
-    flags = [(parameter, parameter.requires_grad) for parameter in adapted.model.parameters()]
-    if not exists:
-        adapted.add_adapter(name, config, fp32=fp32, init=False, strict=False)
-    try:
-        resolved = adapted.peft_config[name]
-        if exists:
-            resolved = resolved.copy()
-            resolved.inference_mode = config.inference_mode
-        live = method.loading_tensors(adapted.model, resolved, name, resume)
-        extra = {k: t for k, t in checkpoint.embedding_tensors(adapted.model).items() if k in found and k not in live}
-        live |= extra
-        # PEFT with bias="all" adds the inner biases of a saved head to its file, which the head has already
-        found = {k: t for k, t in found.items() if ".original_module." not in k and ".modules_to_save." not in k}
-        found = method.from_file(found, live, config)
-        checkpoint.check_tensors(os.fspath(model_id), found, live)
-        checkpoint.warn_not_finite(os.fspath(model_id), found)
-        checkpoint.copy_tensors(found, live)
-        method.finish_loading(adapted.model, resolved, name, live, resume)
-    except BaseException:
-        if not exists:
-            adapted.delete_adapter(name)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        raise
-    if is_trainable:
-        adapted.set_requires_grad(name)
-    return adapted.peft_config[name]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pyfastpeft as pf
-from tests.methods.models import TASK, batch, build, randomise_adapters
+from tests.methods.models import batch, build, randomise_adapters
+from tests.parity.pairs import pair, run
 
 peft = pytest.importorskip("peft")
 
@@ -25,24 +26,6 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def pair(kind, **config):
-    """The same adapted model from both libraries, with random adapters."""
-    models = []
-    for library in (peft, pf):
-        base = build(kind)
-        torch.manual_seed(5)
-        model = library.get_peft_model(base, library.LoraConfig(task_type=TASK[kind], **config))
-        models.append(model)
-    return models
-
-
-def run(model, inputs):
-    """Loss's gradients by name, and the logits under the name "logits"."""
-    output = model(**inputs)
-    output.loss.backward()
-    return {"logits": output.logits} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_as_close(got, peer, truth):

@@ -8,7 +8,8 @@ import torch
 
 import pyfastpeft as pf
 from tests.methods.contract import scatter
-from tests.methods.models import TASK, batch, build
+from tests.methods.models import batch, build
+from tests.parity.pairs import pair
 
 peft = pytest.importorskip("peft")
 
@@ -21,19 +22,10 @@ def quiet():
         yield
 
 
-def pair(kind, **config):
-    models = []
-    for library in (peft, pf):
-        base = build(kind)
-        torch.manual_seed(5)
-        models.append(library.get_peft_model(base, library.LoraConfig(task_type=TASK[kind], r=4, **config)))
-    return models
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
 def test_dora(kind, tmp_path):
     theirs, ours = pair(
-        kind, use_dora=True, target_modules="all-linear", bias="lora_only" if kind == "gpt2" else "none"
+        kind, r=4, use_dora=True, target_modules="all-linear", bias="lora_only" if kind == "gpt2" else "none"
     )
     trainable = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
@@ -64,7 +56,7 @@ def test_dora(kind, tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_initial_values_and_files(init, tmp_path):
-    theirs, ours = pair("llama", init_lora_weights=init, lora_alpha=12, target_modules=["q_proj", "down_proj"])
+    theirs, ours = pair("llama", r=4, init_lora_weights=init, lora_alpha=12, target_modules=["q_proj", "down_proj"])
     mine = dict(ours.named_parameters())
     for name, expected in theirs.named_parameters():
         torch.testing.assert_close(mine[name], expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -84,7 +76,7 @@ def test_initial_values_and_files(init, tmp_path):
 def test_loraplus():
     from peft.optimizers import create_loraplus_optimizer
 
-    theirs, ours = pair("gpt2", target_modules=["c_attn"], bias="lora_only")
+    theirs, ours = pair("gpt2", r=4, target_modules=["c_attn"], bias="lora_only")
     options = {"lr": 1e-3, "loraplus_lr_ratio": 8, "loraplus_weight_decay": 0.1}
     optimizers = [
         create_loraplus_optimizer(theirs, torch.optim.AdamW, **options),
@@ -99,7 +91,7 @@ def test_loraplus():
 
 @pytest.mark.parametrize("init", [True, False])
 def test_lora_bias(init, tmp_path):
-    theirs, ours = pair("gpt2", target_modules=["c_attn", "c_fc"], lora_bias=True, init_lora_weights=init)
+    theirs, ours = pair("gpt2", r=4, target_modules=["c_attn", "c_fc"], lora_bias=True, init_lora_weights=init)
     trainable = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     mine = {n: p for n, p in ours.named_parameters() if p.requires_grad}
     assert set(mine) == set(trainable) and all(torch.equal(mine[n], p) for n, p in trainable.items())

@@ -9,6 +9,7 @@ from torch import nn
 
 import pyfastpeft as pf
 from tests.methods.mixtures import EXPERTS, KINDS, mixture, tokens
+from tests.parity.pairs import pair
 
 peft = pytest.importorskip("peft")
 
@@ -21,14 +22,7 @@ def quiet():
         yield
 
 
-def pair(kind, implementation="eager", **config):
-    models = []
-    for library in (peft, pf):
-        base = mixture(kind, implementation)
-        torch.manual_seed(5)
-        config = {"target_modules": [], "target_parameters": EXPERTS, "r": 3, "task_type": "CAUSAL_LM"} | config
-        models.append(library.get_peft_model(base, library.LoraConfig(**config)))
-    return models
+ADAPTED = {"target_modules": [], "target_parameters": EXPERTS, "r": 3, "task_type": "CAUSAL_LM"}
 
 
 def fill(model):
@@ -54,7 +48,7 @@ def gradients(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_outputs_gradients_files_and_merged_models(kind, implementation, tmp_path):
-    theirs, ours = pair(kind, implementation, use_rslora=kind == "mixtral")
+    theirs, ours = pair(lambda: mixture(kind, implementation), **ADAPTED, use_rslora=kind == "mixtral")
     inputs = tokens()
     drawn = [library for library in (peft.get_peft_model_state_dict(theirs), ours.base_model.tensors("default"))]
     assert set(drawn[0]) == set(drawn[1])
@@ -85,7 +79,7 @@ def test_outputs_gradients_files_and_merged_models(kind, implementation, tmp_pat
 @pytest.mark.parametrize("init", [False, "gaussian", True])
 def test_beside_layers_with_patterns_and_initial_values(init, tmp_path):
     config = {"target_modules": ["q_proj"], "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}}
-    theirs, ours = pair("mixtral", init_lora_weights=init, **config)
+    theirs, ours = pair(lambda: mixture("mixtral", "eager"), **(ADAPTED | config), init_lora_weights=init)
     mine = ours.base_model.tensors("default")
     for key, value in peft.get_peft_model_state_dict(theirs).items():
         torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=0, msg=key)

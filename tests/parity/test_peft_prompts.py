@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pyfastpeft as pf
 from tests.methods.contract import scatter
-from tests.methods.models import TASK, batch, build
+from tests.methods.models import batch
 from tests.methods.test_prompt_inputs import tokenizer_at
+from tests.parity.pairs import pair
 
 peft = pytest.importorskip("peft")
 
@@ -37,16 +37,6 @@ def quiet():
         yield
 
 
-def pair(kind, name, options):
-    models = []
-    for library in (peft, pf):
-        base = build(kind)
-        torch.manual_seed(5)
-        config = getattr(library, name)(task_type=TASK[kind], num_virtual_tokens=V, **options)
-        models.append(library.get_peft_model(base, config))
-    return models
-
-
 def trained(model):
     """Gradients by the last part of the parameters' names, which both libraries share."""
     found = {}
@@ -63,7 +53,7 @@ def test_initial_values_losses_gradients_and_files(kind, method, tmp_path):
     if method == "text":
         tokenizer_at(tmp_path)
         options = options | {"tokenizer_name_or_path": str(tmp_path)}
-    theirs, ours = pair(kind, name, options)
+    theirs, ours = pair(kind, name, num_virtual_tokens=V, **options)
     mine, expected = trained(ours), trained(theirs)
     assert set(mine) == set(expected)
     for key, value in expected.items():
@@ -97,7 +87,7 @@ TRAINED = {
 @pytest.mark.parametrize("name", TRAINED)
 def test_steps_of_training_stay_together(name):
     losses = []
-    for model in pair("llama", name, TRAINED[name]):
+    for model in pair("llama", name, num_virtual_tokens=V, **TRAINED[name]):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         values = []
         for _ in range(5):
@@ -111,7 +101,7 @@ def test_steps_of_training_stay_together(name):
 
 
 def test_generating_equals_theirs():
-    theirs, ours = pair("llama", "PromptTuningConfig", {})
+    theirs, ours = pair("llama", "PromptTuningConfig", num_virtual_tokens=V)
     scatter(theirs, scale=0.3), scatter(ours, scale=0.3)
     inputs = {key: batch("llama")[key] for key in ("input_ids", "attention_mask")}
     inputs["attention_mask"][1, :3] = 0
@@ -130,7 +120,7 @@ PREFIXES = {
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "bert_tokens", "opt", "bloom"])
 def test_prefixes(kind, prefix, tmp_path):
-    theirs, ours = pair(kind, "PrefixTuningConfig", PREFIXES[prefix])
+    theirs, ours = pair(kind, "PrefixTuningConfig", num_virtual_tokens=V, **PREFIXES[prefix])
     mine, expected = trained(ours), trained(theirs)
     assert set(mine) == set(expected)
     for key, value in expected.items():

@@ -12,6 +12,7 @@ import transformers
 import pyfastpeft as pf
 from tests.methods.contract import scatter
 from tests.methods.models import TASK, VOCAB, _bert_config, batch, build
+from tests.parity.pairs import pair, run
 
 peft = pytest.importorskip("peft")
 EMBEDDING = {
@@ -43,24 +44,6 @@ def inputs_of(kind):
     return batch(kind if kind in TASK else "llama")
 
 
-def pair(kind, tokens, **config):
-    models = []
-    for library in (peft, pf):
-        base = model_of(kind)
-        torch.manual_seed(5)
-        task = TASK.get(kind, "CAUSAL_LM")
-        models.append(
-            library.get_peft_model(base, library.LoraConfig(task_type=task, trainable_token_indices=tokens, **config))
-        )
-    return models
-
-
-def run(model, inputs):
-    output = model(**inputs)
-    output.loss.backward()
-    return {"logits": output.logits} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("kind", EMBEDDING)
 @pytest.mark.parametrize("named", [False, True], ids=["list", "dict"])
 def test_outputs_gradients_files_and_merged_models(kind, named, tmp_path):
@@ -68,7 +51,13 @@ def test_outputs_gradients_files_and_merged_models(kind, named, tmp_path):
     tokens = [*inputs["input_ids"][0, [3, 1, 5]].unique().tolist()[::-1], VOCAB - 1]
     if len(set(tokens)) < len(tokens):
         tokens = tokens[:-1]
-    theirs, ours = pair(kind, {EMBEDDING[kind]: tokens} if named else tokens, r=4, target_modules="all-linear")
+    theirs, ours = pair(
+        lambda: model_of(kind),
+        task_type=TASK.get(kind, "CAUSAL_LM"),
+        trainable_token_indices={EMBEDDING[kind]: tokens} if named else tokens,
+        r=4,
+        target_modules="all-linear",
+    )
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == {
         n for n, p in theirs.named_parameters() if p.requires_grad
     }
@@ -94,7 +83,7 @@ def test_outputs_gradients_files_and_merged_models(kind, named, tmp_path):
 
 
 def test_embeddings_saved_beside_the_rows(tmp_path):
-    theirs, ours = pair("llama", [3, 7], r=2)
+    theirs, ours = pair("llama", trainable_token_indices=[3, 7], r=2)
     scatter(theirs), scatter(ours)
     inputs = batch("llama")
     for who, model in (("theirs", theirs), ("ours", ours)):
@@ -139,13 +128,14 @@ def test_the_method_by_itself(kind, targets, tmp_path):
     """Every byte of both files is PEFT's, the rows repeated for tied heads as well."""
     inputs = inputs_of(kind)
     tokens = list(dict.fromkeys([*inputs["input_ids"][0, [3, 1, 5]].tolist(), VOCAB - 1]))
-    models = []
-    for library in (peft, pf):
-        config = library.TrainableTokensConfig(
-            task_type=TASK.get(kind, "CAUSAL_LM"), token_indices=tokens, target_modules=targets
-        )
-        models.append(library.get_peft_model(model_of(kind), config))
-    theirs, ours = models
+    task = TASK.get(kind, "CAUSAL_LM")
+    theirs, ours = pair(
+        lambda: model_of(kind),
+        "TrainableTokensConfig",
+        task_type=task,
+        token_indices=tokens,
+        target_modules=targets,
+    )
     scattered = {n for n, p in theirs.named_parameters() if p.requires_grad}
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == scattered
     generator = torch.Generator().manual_seed(1)

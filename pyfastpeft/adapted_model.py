@@ -25,6 +25,9 @@ class AdaptedModel(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
+        self._apart: list[
+            tuple[MethodLayer, dict, bool]
+        ] = []  # layers that share a weight when nothing is merged: untie()
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         """The model's output. In training a method's penalty (AdaLoRA's) is added to a loss that the output has.
@@ -207,16 +210,22 @@ class AdaptedModel(nn.Module):
             if isinstance(holder, MethodLayer):
                 holder.unmerge()
             holder.enabled = False
+        self._tie_again()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model answers as without adapters; afterwards everything is as it was, merged adapters too."""
-        before = [(h, h.enabled, getattr(h, "merged_adapters", ())) for _, h in self.holders()]
+        before = [(path, h, h.enabled, getattr(h, "merged_adapters", ())) for path, h in self.holders()]
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            for holder, enabled, merged in before:
+            merged_layers = [(path, holder) for path, holder, _, merged in before if merged]
+            names = dict.fromkeys(name for *_, merged in before for name in merged)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said when they were merged
+                self.untie(merged_layers, names, keep=True)
+            for _, holder, enabled, merged in before:
                 holder.enabled = enabled
                 if merged:
                     holder.merge(merged, keep_snapshot=True)
@@ -241,6 +250,7 @@ class AdaptedModel(nn.Module):
     def unmerge_adapter(self) -> None:
         for _, layer in self.layers():
             layer.unmerge()
+        self._tie_again()
 
     def _merge(
         self,
@@ -260,7 +270,7 @@ class AdaptedModel(nn.Module):
                 layer.check_merge(names, safe)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-        self.untie(layers, names)
+        self.untie(layers, names, keep_snapshot)
         errors = {}
         for path, layer in _progress(layers, "merging", progressbar):
             quantized = layer.merges_weight and layer.base.is_quantized and dtype is None
@@ -278,9 +288,9 @@ class AdaptedModel(nn.Module):
             )
         return errors
 
-    def untie(self, layers: list[tuple[str, MethodLayer]], names: Iterable[str]) -> None:
+    def untie(self, layers: list[tuple[str, MethodLayer]], names: Iterable[str], keep: bool = False) -> None:
         """Gives layers whose weight is another module's too a weight of their own, before these adapters are written into it;
-        but for those that share the adapters as well."""
+        but for those that share the adapters as well. keep: until nothing is merged into them any more."""
         written = {path: layer for path, layer in layers if layer.merges_weight and not layer.follows(names)}
         tied = tied_targets(self.model, written)
         for path in [path for path, _ in tied] + sharing_weights(written):
@@ -289,21 +299,37 @@ class AdaptedModel(nn.Module):
                     f"{path} is to have a weight of its own, and adapters {sorted(written[path].merged_adapters)} are merged "
                     "into the shared one; unmerge_adapter() first"
                 )
+        config = getattr(self.model, "config", None)
+        flagged = bool(getattr(config, "tie_word_embeddings", False))
+
+        def separate(path: str, flag: bool) -> None:
+            if keep:
+                self._apart.append((written[path], dict(written[path].base_layer._parameters), flag))
+            _own_weight(written[path].base_layer)
+            if flag:
+                config.tie_word_embeddings = False
+
         for path, other in tied:
-            _own_weight(written[path].base_layer)
+            separate(path, flagged)
             warnings.warn(f"{path} has now a weight of its own, apart from {other}'s", stacklevel=5)
-            if getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
-                self.model.config.tie_word_embeddings = False
         shared = sharing_weights(written)
+        head = getattr(self.model, "get_output_embeddings", lambda: None)() if shared else None
+        of_head = head is not None and any(written[path] is head for path in shared)
         for path in shared:
-            _own_weight(written[path].base_layer)
+            separate(path, flagged and of_head)
         if shared:
-            head = getattr(self.model, "get_output_embeddings", lambda: None)()
-            if head is not None and any(written[path] is head for path in shared):
-                self.model.config.tie_word_embeddings = False
             warnings.warn(
                 f"{len(shared)} layers that shared their weights ({shared[0]}, …) have now their own", stacklevel=5
             )
+
+    def _tie_again(self) -> None:
+        """Puts shared weights back where nothing is merged any more."""
+        for layer, parameters, flag in reversed(self._apart):
+            if not layer.merged_adapters:
+                layer.base_layer._parameters.update(parameters)
+                if flag:
+                    self.model.config.tie_word_embeddings = True
+        self._apart = [entry for entry in self._apart if entry[0].merged_adapters]
 
     def merge_and_unload(
         self,

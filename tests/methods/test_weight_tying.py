@@ -277,11 +277,20 @@ def test_beside_adapters_without_the_tie():
     with pytest.warns(UserWarning, match="shared their weights"):
         model.merge_adapter()
     torch.testing.assert_close(logits(model, "tied"), both, rtol=1e-4, atol=1e-5)
-    model.unmerge_adapter()
+    inner = model.get_base_model()
+    assert not inner.config.tie_word_embeddings and inner.lm_head.weight is not inner.model.embed_tokens.weight
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, "tied"), logits(build("tied"), "tied"), rtol=0, atol=0)
+        assert inner.lm_head.weight is inner.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model, "tied"), both, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()  # which ties the weights again
+    assert inner.config.tie_word_embeddings and inner.lm_head.weight is inner.model.embed_tokens.weight
     for name, expected in (("default", tied), ("alone", alone)):
         model.set_adapter(name)
         torch.testing.assert_close(logits(model, "tied"), expected, rtol=1e-4, atol=1e-5)
-    merged = model.merge_and_unload()
+    with pytest.warns(UserWarning, match="shared their weights"):
+        merged = model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
     torch.testing.assert_close(logits(merged, "tied"), alone, rtol=1e-4, atol=1e-5)
 
 

@@ -39,7 +39,7 @@ struct AdamwMap {
   std::int32_t top[16];            // the region's largest number
   float octave_bound[32];          // by a magnitude's exponent, modulo 32: the bound in that octave, or infinity
   std::int32_t octave_region[32];  // and the region at its lower end
-  std::uint16_t words[2][256];     // the levels' lower and upper halves
+  std::uint8_t bytes[4][256];      // the levels' bytes, the lowest first
 };
 
 namespace {
@@ -131,37 +131,36 @@ struct AdamwCodes<VecAvx2> {
 };
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__)
 template <>
 struct AdamwCodes<VecAvx512> {
-  // 32 values at a time. A level is found as its upper and its lower 16 bits, each among four tables of 64 words: the
-  // word permutation takes six bits of a code, blends take the other two.
+  // 64 values at a time. Each of a level's four bytes is looked up in a table of 256: the byte permutation takes seven bits
+  // of a code, a blend the eighth.
   static void decode(const std::uint8_t* codes, const AdamwMap& map, float absmax, float* out, std::int64_t n) {
-    __m512i table[2][8];
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < 8; ++i) table[half][i] = _mm512_loadu_si512(map.words[half] + 32 * i);
-    // the two halves are interleaved within 128 bits: what they are to join is put there first
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    __m512i table[4][4];
+    for (int byte = 0; byte < 4; ++byte)
+      for (int i = 0; i < 4; ++i) table[byte][i] = _mm512_loadu_si512(map.bytes[byte] + 64 * i);
+    // bytes are interleaved within 128 bits, twice: the codes are put where that brings them in order
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512 scale = _mm512_set1_ps(absmax);
     std::int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-      const __m512i straight = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
-      const __m512i code = _mm512_permutexvar_epi64(order, straight);
-      const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
-      const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x80));
-      __m512i half[2];
-      for (int h = 0; h < 2; ++h) {
-        const __m512i(&t)[8] = table[h];
-        const __m512i low = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(t[0], code, t[1]),
-                                                    _mm512_permutex2var_epi16(t[2], code, t[3]));
-        const __m512i high = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(t[4], code, t[5]),
-                                                     _mm512_permutex2var_epi16(t[6], code, t[7]));
-        half[h] = _mm512_mask_blend_epi16(bit7, low, high);
+    for (; i + 64 <= n; i += 64) {
+      const __m512i code = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes + i));
+      const __mmask64 upper = _mm512_movepi8_mask(code);
+      __m512i byte[4];
+      for (int b = 0; b < 4; ++b) {
+        const __m512i(&t)[4] = table[b];
+        byte[b] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(t[0], code, t[1]),
+                                         _mm512_permutex2var_epi8(t[2], code, t[3]));
       }
-      const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi16(half[0], half[1]));
-      const __m512 second = _mm512_castsi512_ps(_mm512_unpackhi_epi16(half[0], half[1]));
-      _mm512_storeu_ps(out + i, _mm512_mul_ps(first, scale));
-      _mm512_storeu_ps(out + i + 16, _mm512_mul_ps(second, scale));
+      const __m512i low[2] = {_mm512_unpacklo_epi8(byte[0], byte[1]), _mm512_unpackhi_epi8(byte[0], byte[1])};
+      const __m512i high[2] = {_mm512_unpacklo_epi8(byte[2], byte[3]), _mm512_unpackhi_epi8(byte[2], byte[3])};
+      for (int half = 0; half < 2; ++half) {
+        const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low[half], high[half]));
+        const __m512 second = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low[half], high[half]));
+        _mm512_storeu_ps(out + i + 32 * half, _mm512_mul_ps(first, scale));
+        _mm512_storeu_ps(out + i + 32 * half + 16, _mm512_mul_ps(second, scale));
+      }
     }
     adamw_decode_rest(codes, map, absmax, out, i, n);
   }
@@ -170,6 +169,13 @@ struct AdamwCodes<VecAvx512> {
   // added to a number: the eight bits below the leading one are then the number rounded, and the fifteen below those tell
   // how far from a middle it was.
   static void encode(const float* values, const AdamwMap& map, float factor, std::uint8_t* codes, std::int64_t n) {
+    if (map.zero != 0)
+      encode_by<true>(values, map, factor, codes, n);
+    else
+      encode_by<false>(values, map, factor, codes, n);
+  }
+  template <bool kSigned>
+  static void encode_by(const float* values, const AdamwMap& map, float factor, std::uint8_t* codes, std::int64_t n) {
     const __m512 bound_low = _mm512_loadu_ps(map.octave_bound), bound_high = _mm512_loadu_ps(map.octave_bound + 16);
     const __m512i region_low = _mm512_loadu_si512(map.octave_region);
     const __m512i region_high = _mm512_loadu_si512(map.octave_region + 16);
@@ -178,25 +184,29 @@ struct AdamwCodes<VecAvx512> {
     const __m512i leading = _mm512_set1_epi32(0x43800000 >> 15);
     const __m512i tops = _mm512_or_si512(_mm512_loadu_si512(map.top), leading);
     const __m512i one = _mm512_set1_epi32(1), zero = _mm512_set1_epi32(map.zero);
-    const __m512i lowest = _mm512_set1_epi32(AdamwMap::kLowOctave);
     constexpr int kFraction = int(AdamwMap::kUnsure * 32768);
     const __m512i unsure_below = _mm512_set1_epi32(kFraction), unsure_bits = _mm512_set1_epi32(0x7fff & -2 * kFraction);
     const __m512 scale = _mm512_set1_ps(factor), smallest = _mm512_set1_ps(map.smallest);
+    // what is less has the code of zero, as this has (the lowest bound is in its octave or above)
+    const __m512 lowest = _mm512_castsi512_ps(_mm512_set1_epi32(AdamwMap::kLowOctave << 23));
     std::int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-      const __m512 x = _mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(values + i), scale), smallest);
-      const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
-      const __m512 magnitude = _mm512_abs_ps(x);
-      const __m512i octave = _mm512_max_epi32(_mm512_srli_epi32(_mm512_castps_si512(magnitude), 23), lowest);
+      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(values + i), scale);
+      if (kSigned) x = _mm512_max_ps(x, smallest);
+      const __m512 magnitude = _mm512_max_ps(kSigned ? _mm512_abs_ps(x) : x, lowest);
+      const __m512i octave = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 23);
       const __m512 bound = _mm512_permutex2var_ps(bound_low, octave, bound_high);
       __m512i region = _mm512_permutex2var_epi32(region_low, octave, region_high);
       region = _mm512_mask_add_epi32(region, _mm512_cmp_ps_mask(magnitude, bound, _CMP_GT_OQ), region, one);
       const __m512i exact = _mm512_castps_si512(
           _mm512_fmadd_ps(magnitude, _mm512_permutexvar_ps(region, slopes), _mm512_permutexvar_ps(region, offsets)));
-      const __mmask16 unsure = _mm512_testn_epi32_mask(_mm512_add_epi32(exact, unsure_below), unsure_bits) |
-                               _mm512_cmp_ps_mask(magnitude, bound, _CMP_EQ_OQ);
-      const __m512i number = _mm512_min_epi32(_mm512_srli_epi32(exact, 15), _mm512_permutexvar_epi32(region, tops));
-      const __m512i code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, number), negative, zero, number);
+      __mmask16 unsure = _mm512_testn_epi32_mask(_mm512_add_epi32(exact, unsure_below), unsure_bits);
+      if (kSigned) unsure |= _mm512_cmp_ps_mask(magnitude, bound, _CMP_EQ_OQ);  // a tie goes down, on both sides of 0
+      __m512i code = _mm512_min_epi32(_mm512_srli_epi32(exact, 15), _mm512_permutexvar_epi32(region, tops));
+      if (kSigned) {
+        const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
+        code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, code), negative, zero, code);
+      }
       _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));  // its low eight bits
       if (__builtin_expect(unsure != 0, 0)) settle(values + i, map, factor, codes + i, unsure);
     }

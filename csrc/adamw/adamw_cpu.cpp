@@ -21,6 +21,7 @@ const AdamwKernels kScalar = adamw_kernels<VecScalar>();
 
 const AdamwKernels& kernels() {
 #if defined(__x86_64__)
+  static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi");  // all with AVX-512 BF16 but Cooper Lake
   switch (cpu_isa()) {
     case CpuIsa::scalar:
       return kScalar;
@@ -28,7 +29,7 @@ const AdamwKernels& kernels() {
       return adamw_kernels_avx2;
     case CpuIsa::avx512:
     case CpuIsa::amx:
-      return adamw_kernels_avx512;
+      return has_vbmi ? adamw_kernels_avx512 : adamw_kernels_avx2;
   }
 #endif
   return kScalar;
@@ -90,8 +91,7 @@ std::shared_ptr<const AdamwMap> make_map(const float* levels) {
   auto map = std::make_shared<AdamwMap>();
   for (int c = 0; c < 256; ++c) {
     map->level[c] = levels[c];
-    map->words[0][c] = std::uint16_t(f32_to_bits(levels[c]));
-    map->words[1][c] = std::uint16_t(f32_to_bits(levels[c]) >> 16);
+    for (int byte = 0; byte < 4; ++byte) map->bytes[byte][c] = std::uint8_t(f32_to_bits(levels[c]) >> 8 * byte);
     map->threshold[c] = c == 255 ? std::numeric_limits<float>::infinity() : adamw_threshold(levels[c], levels[c + 1]);
   }
   const auto code_of = [&](float x) {

@@ -1,12 +1,11 @@
 // Python's way to AdamW. The lists arrive as arrays of addresses (buffers of 64-bit integers), one entry per tensor;
 // layouts and dtypes are checked by pyfastpeft/ops/adamw.py, here what memory safety rests on.
-#include <pybind11/stl.h>
-
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "adamw/adamw.h"
-#include "common/bind.h"
+#include "common/bind_tables.h"
 #include "common/cuda_device.h"
 #include "common/parallel.h"
 
@@ -15,12 +14,8 @@ namespace {
 
 constexpr const char* kOp = "adamw_";
 
-template <typename T>
-const T* items(const py::buffer_info& info, std::int64_t count, const char* name) {
-  check(info.ndim == 1 && info.itemsize == py::ssize_t(sizeof(T)) && info.size == count, kOp, ": the table of ", name,
-        " has ", info.size, " entries of ", info.itemsize, " bytes, expected ", count, " of ", sizeof(T));
-  return static_cast<const T*>(info.ptr);
-}
+// lr, beta1, beta2, eps, weight_decay, decoupled, maximize
+using Scalars = std::tuple<double, double, double, double, double, bool, bool>;
 
 // The memory of tensor `index` of a list; a const T says that no kernel writes it.
 template <typename T>
@@ -46,6 +41,25 @@ const float* checked_map(Address address, const char* name) {
   return map;
 }
 
+// The options that CPU and GPU take alike, as ops/adamw.py gives them; maps and seed are added by the bindings.
+AdamwOptions options_of(const Scalars& scalars) {
+  AdamwOptions options{};
+  std::tie(options.lr, options.beta1, options.beta2, options.eps, options.weight_decay, options.decoupled,
+           options.maximize) = scalars;
+  options.grad_scale = 1.0;
+  return options;
+}
+
+// On the CPU; a seed of 0 is none.
+AdamwOptions cpu_options(const Scalars& scalars, Address map1, Address map2, Address seed, double grad_scale) {
+  AdamwOptions options = options_of(scalars);
+  options.grad_scale = grad_scale;
+  options.map1 = checked_map(map1, "qmap1");
+  options.map2 = checked_map(map2, "qmap2");
+  options.seed = reinterpret_cast<const std::int64_t*>(seed);
+  return options;
+}
+
 // The lists of a call. kinds: per tensor, bits 0-1 the parameter's dtype code, 2-3 the gradient's, 4: 8-bit state,
 // 5: has a master. absmax1, absmax2 and masters may be None where no tensor has them.
 std::vector<AdamwTensor> read_lists(std::int64_t count, const py::buffer& params, const py::buffer& grads,
@@ -55,13 +69,13 @@ std::vector<AdamwTensor> read_lists(std::int64_t count, const py::buffer& params
                                     bool has_maps) {
   const py::buffer_info infos[] = {params.request(), grads.request(),  exp_avgs.request(), exp_avg_sqs.request(),
                                    steps.request(),  numels.request(), kinds.request()};
-  const auto* p = items<Address>(infos[0], count, "params");
-  const auto* g = items<Address>(infos[1], count, "grads");
-  const auto* m = items<Address>(infos[2], count, "exp_avgs");
-  const auto* v = items<Address>(infos[3], count, "exp_avg_sqs");
-  const auto* s = items<Address>(infos[4], count, "steps");
-  const auto* n = items<std::int64_t>(infos[5], count, "numels");
-  const auto* k = items<std::uint8_t>(infos[6], count, "kinds");
+  const auto* p = items<Address>(infos[0], count, kOp, "params");
+  const auto* g = items<Address>(infos[1], count, kOp, "grads");
+  const auto* m = items<Address>(infos[2], count, kOp, "exp_avgs");
+  const auto* v = items<Address>(infos[3], count, kOp, "exp_avg_sqs");
+  const auto* s = items<Address>(infos[4], count, kOp, "steps");
+  const auto* n = items<std::int64_t>(infos[5], count, kOp, "numels");
+  const auto* k = items<std::uint8_t>(infos[6], count, kOp, "kinds");
   py::buffer_info optional[3];
   const Address* extra[3] = {nullptr, nullptr, nullptr};
   const py::object* given[] = {&absmax1, &absmax2, &masters};
@@ -69,15 +83,14 @@ std::vector<AdamwTensor> read_lists(std::int64_t count, const py::buffer& params
   for (int i = 0; i < 3; ++i) {
     if (given[i]->is_none()) continue;
     optional[i] = given[i]->cast<py::buffer>().request();
-    extra[i] = items<Address>(optional[i], count, names[i]);
+    extra[i] = items<Address>(optional[i], count, kOp, names[i]);
   }
   std::vector<AdamwTensor> tensors(static_cast<std::size_t>(count));
   for (std::int64_t i = 0; i < count; ++i) {
     AdamwTensor& t = tensors[std::size_t(i)];
-    const int param_dtype = k[i] & 3, grad_dtype = (k[i] >> 2) & 3;
+    const DType param_dtype = DType(k[i] & 3), grad_dtype = DType((k[i] >> 2) & 3);
     const bool bits8 = k[i] & 16, master = k[i] & 32;
-    check(n[i] >= 0 && param_dtype < 3 && (grad_dtype == param_dtype || grad_dtype == int(DType::f32)), kOp,
-          ": params[", i, "] has ", n[i], " values and kind ", int(k[i]));
+    check(n[i] >= 0 && is_kind(k[i]), kOp, ": params[", i, "] has ", n[i], " values and kind ", int(k[i]));
     check(!bits8 || (extra[0] && extra[1] && has_maps), kOp, ": exp_avgs[", i,
           "] is 8-bit, expected absmax1, absmax2, qmap1 and qmap2 with it");
     check(!master || extra[2], kOp, ": params[", i, "] has a master, expected the table of masters");
@@ -86,8 +99,8 @@ std::vector<AdamwTensor> read_lists(std::int64_t count, const py::buffer& params
       return bits8 ? static_cast<void*>(at<std::uint8_t>(list[i], n[i], name, i))
                    : static_cast<void*>(at<float>(list[i], n[i], name, i));
     };
-    t = {at<void>(p[i], n[i], DType(param_dtype), "params", i),
-         at<const void>(g[i], n[i], DType(grad_dtype), "grads", i),
+    t = {at<void>(p[i], n[i], param_dtype, "params", i),
+         at<const void>(g[i], n[i], grad_dtype, "grads", i),
          moments(m, "exp_avgs"),
          moments(v, "exp_avg_sqs"),
          bits8 ? at<float>(extra[0][i], blocks, "absmax1", i) : nullptr,
@@ -95,8 +108,8 @@ std::vector<AdamwTensor> read_lists(std::int64_t count, const py::buffer& params
          master ? at<float>(extra[2][i], n[i], "masters", i) : nullptr,
          at<float>(s[i], 1, "steps", i),
          n[i],
-         DType(param_dtype),
-         DType(grad_dtype),
+         param_dtype,
+         grad_dtype,
          bits8};
   }
   return tensors;
@@ -105,19 +118,8 @@ std::vector<AdamwTensor> read_lists(std::int64_t count, const py::buffer& params
 void adamw(std::int64_t count, const py::buffer& params, const py::buffer& grads, const py::buffer& exp_avgs,
            const py::buffer& exp_avg_sqs, const py::object& absmax1, const py::object& absmax2,
            const py::object& masters, const py::buffer& steps, const py::buffer& numels, const py::buffer& kinds,
-           double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-           Address map1, Address map2, Address seed, double grad_scale) {
-  const AdamwOptions options{lr,
-                             beta1,
-                             beta2,
-                             eps,
-                             weight_decay,
-                             decoupled,
-                             maximize,
-                             grad_scale,
-                             checked_map(map1, "qmap1"),
-                             checked_map(map2, "qmap2"),
-                             reinterpret_cast<const std::int64_t*>(seed)};
+           const Scalars& scalars, Address map1, Address map2, Address seed, double grad_scale) {
+  const AdamwOptions options = cpu_options(scalars, map1, map2, seed, grad_scale);
   const auto tensors = read_lists(count, params, grads, exp_avgs, exp_avg_sqs, absmax1, absmax2, masters, steps, numels,
                                   kinds, options.map1 != nullptr && options.map2 != nullptr);
   const py::gil_scoped_release release;
@@ -133,87 +135,40 @@ struct Piece {
   std::int64_t step, exp_avg, exp_avg_sq, absmax1, absmax2, master;  // offsets in the page; -1: none
 };
 
-// The tensor of piece i of a page, with everything that memory safety rests on checked.
-AdamwTensor tensor_of(const Piece& piece, std::int64_t i, char* page, std::int64_t page_bytes,
-                      std::int64_t tensor_count, const Address* params, const Address* grads,
-                      const std::int64_t* numels, const AdamwOptions& options) {
-  const DType param_dtype = DType(piece.kind & 3), grad_dtype = DType((piece.kind >> 2) & 3);
-  const bool bits8 = piece.kind & 16, master = piece.kind & 32;
-  check(piece.tensor >= 0 && piece.tensor < tensor_count, kOp, ": piece ", i, " is of tensor ", piece.tensor, " of ",
-        tensor_count);
-  const std::int64_t numel = numels[piece.tensor];
-  check(piece.first >= 0 && piece.first % kAdamwBlock == 0 && piece.n >= 0 && piece.first + piece.n <= numel &&
-            int(param_dtype) < 3 && (grad_dtype == param_dtype || grad_dtype == DType::f32),
-        kOp, ": piece ", i, " has values ", piece.first, " to ", piece.first + piece.n, " of ", numel, " and kind ",
-        piece.kind);
-  check(!bits8 || (options.map1 != nullptr && options.map2 != nullptr), kOp, ": piece ", i,
-        " is 8-bit, expected qmap1 and qmap2 with it");
-  const auto at = [&](std::int64_t offset, std::int64_t bytes) {
-    check(offset >= 0 && offset % 4 == 0 && offset <= page_bytes - bytes, kOp, ": piece ", i, " has ", bytes,
-          " bytes at ", offset, " of a page of ", page_bytes);
-    return static_cast<void*>(page + offset);
-  };
-  const std::int64_t scales = (piece.n + kAdamwBlock - 1) / kAdamwBlock * 4, moments = piece.n * (bits8 ? 1 : 4);
-  const auto skip = [&](DType dtype) { return piece.first * (dtype == DType::f32 ? 4 : 2); };
-  return {
-      static_cast<char*>(pointer<void>(params[piece.tensor], numel, param_dtype, kOp, "params")) + skip(param_dtype),
-      static_cast<const char*>(pointer<const void>(grads[piece.tensor], numel, grad_dtype, kOp, "grads")) +
-          skip(grad_dtype),
-      at(piece.exp_avg, moments),
-      at(piece.exp_avg_sq, moments),
-      bits8 ? static_cast<float*>(at(piece.absmax1, scales)) : nullptr,
-      bits8 ? static_cast<float*>(at(piece.absmax2, scales)) : nullptr,
-      master ? static_cast<float*>(at(piece.master, piece.n * 4)) : nullptr,
-      static_cast<float*>(at(piece.step, 4)),
-      piece.n,
-      param_dtype,
-      grad_dtype,
-      bits8,
-      piece.first,
-      piece.index};
-}
-
-// The pieces of tables[i] have their state in [pages[i], pages[i] + page_bytes).
 std::vector<AdamwTensor> read_pages(const std::vector<py::buffer>& tables, const std::vector<Address>& pages,
                                     std::int64_t page_bytes, const py::buffer& params, const py::buffer& grads,
-                                    const py::buffer& numels, const AdamwOptions& options) {
-  const py::buffer_info param_info = params.request(), grad_info = grads.request(), numel_info = numels.request();
-  const std::int64_t tensor_count = param_info.size;
-  const auto* p = items<Address>(param_info, tensor_count, "params");
-  const auto* g = items<Address>(grad_info, tensor_count, "grads");
-  const auto* numel = items<std::int64_t>(numel_info, tensor_count, "numels");
-  check(tables.size() == pages.size(), kOp, ": ", tables.size(), " tables for ", pages.size(), " pages");
+                                    const py::buffer& numels, bool has_maps) {
+  const WholeTensors whole(params, grads, numels, kOp);
   std::vector<AdamwTensor> tensors;
-  for (std::size_t page = 0; page < pages.size(); ++page) {
-    const py::buffer_info rows = tables[page].request();
-    constexpr py::ssize_t kWords = sizeof(Piece) / sizeof(std::int64_t);
-    check(rows.ndim == 1 && rows.itemsize == 8 && rows.size % kWords == 0, kOp, ": a table of ", rows.size,
-          " words of ", rows.itemsize, " bytes, expected rows of ", kWords, " of 8");
-    const auto* pieces = static_cast<const Piece*>(rows.ptr);
-    char* base = pointer<char>(pages[page], page_bytes, kOp, "page");
-    for (std::int64_t i = 0; i < rows.size / kWords; ++i)
-      tensors.push_back(tensor_of(pieces[i], i, base, page_bytes, tensor_count, p, g, numel, options));
-  }
+  each_row<Piece>(tables, pages, page_bytes, kOp, [&](const Piece& piece, const StatePage& page) {
+    const bool bits8 = piece.kind & 16, master = piece.kind & 32;
+    check(piece.first % kAdamwBlock == 0, kOp, ": a piece begins at ", piece.first, ", expected a multiple of ",
+          kAdamwBlock);
+    check(!bits8 || has_maps, kOp, ": a piece is 8-bit, expected qmap1 and qmap2 with it");
+    AdamwTensor t;
+    whole.set_part(t, piece.tensor, piece.kind, piece.first, piece.n);
+    const std::int64_t scales = (piece.n + kAdamwBlock - 1) / kAdamwBlock * 4, moments = piece.n * (bits8 ? 1 : 4);
+    t.exp_avg = page.at<void>(piece.exp_avg, moments);
+    t.exp_avg_sq = page.at<void>(piece.exp_avg_sq, moments);
+    t.absmax1 = bits8 ? page.at<float>(piece.absmax1, scales) : nullptr;
+    t.absmax2 = bits8 ? page.at<float>(piece.absmax2, scales) : nullptr;
+    t.master = master ? page.at<float>(piece.master, piece.n * 4) : nullptr;
+    t.step = page.at<float>(piece.step, 4);
+    t.bits8 = bits8;
+    t.first = piece.first;
+    t.index = piece.index;
+    tensors.push_back(t);
+  });
   return tensors;
 }
 
 // At most `threads` threads, 0: all.
 void adamw_pages(const std::vector<py::buffer>& tables, const std::vector<Address>& pages, std::int64_t page_bytes,
-                 int threads, const py::buffer& params, const py::buffer& grads, const py::buffer& numels, double lr,
-                 double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
-                 Address map1, Address map2, Address seed, double grad_scale) {
-  const AdamwOptions options{lr,
-                             beta1,
-                             beta2,
-                             eps,
-                             weight_decay,
-                             decoupled,
-                             maximize,
-                             grad_scale,
-                             checked_map(map1, "qmap1"),
-                             checked_map(map2, "qmap2"),
-                             reinterpret_cast<const std::int64_t*>(seed)};
-  const auto tensors = read_pages(tables, pages, page_bytes, params, grads, numels, options);
+                 int threads, const py::buffer& params, const py::buffer& grads, const py::buffer& numels,
+                 const Scalars& scalars, Address map1, Address map2, Address seed, double grad_scale) {
+  const AdamwOptions options = cpu_options(scalars, map1, map2, seed, grad_scale);
+  const auto tensors =
+      read_pages(tables, pages, page_bytes, params, grads, numels, options.map1 != nullptr && options.map2 != nullptr);
   const py::gil_scoped_release release;
   const ThreadLimit limit(threads);
   adamw_cpu(tensors.data(), std::int64_t(tensors.size()), options);
@@ -231,78 +186,65 @@ T* optional(Address address, std::int64_t numel, const char* name) {
   return address == 0 ? nullptr : pointer<T>(address, numel, kOp, name);
 }
 
+// What lies on the GPU, 0: none; lr_tensor is f64 where lr_is_f64.
+struct OnDevice {
+  Address map1 = 0, map2 = 0, seed = 0, lr_tensor = 0, grad_scale = 0, found_inf = 0;
+  bool lr_is_f64 = false;
+};
+
+// Where and by what means a launch runs.
+struct Launch {
+  Table& content;
+  Address table;
+  std::int64_t table_words;
+  int multiprocessors, device;
+  Address stream;
+};
+
+void run_on_cuda(const std::vector<AdamwTensor>& tensors, const Scalars& scalars, const OnDevice& there,
+                 const Launch& launch) {
+  const auto count = std::int64_t(tensors.size());
+  check((there.map1 != 0) == (there.map2 != 0), kOp, ": qmap1 and qmap2 are given together or not at all");
+  check(launch.table_words == adamw_table_words(count), kOp, ": the table has ", launch.table_words,
+        " words, expected ", adamw_table_words(count), " for ", count, " tensors");
+  check(launch.multiprocessors > 0, kOp, ": the device has ", launch.multiprocessors, " multiprocessors");
+  AdamwOptions options = options_of(scalars);
+  options.map1 = optional<const float>(there.map1, 256, "qmap1");
+  options.map2 = optional<const float>(there.map2, 256, "qmap2");
+  options.seed = optional<const std::int64_t>(there.seed, 1, "rounding_seed");
+  const AdamwDeviceScalars device_scalars{
+      there.lr_is_f64 ? static_cast<const void*>(optional<const double>(there.lr_tensor, 1, "lr_tensor"))
+                      : static_cast<const void*>(optional<const float>(there.lr_tensor, 1, "lr_tensor")),
+      there.lr_is_f64, optional<const float>(there.grad_scale, 1, "grad_scale"),
+      optional<const float>(there.found_inf, 1, "found_inf")};
+  auto* words = pointer<std::uint64_t>(launch.table, launch.table_words, kOp, "table");
+  const py::gil_scoped_release release;
+  const std::lock_guard<std::mutex> lock(launch.content.mutex);
+  const DeviceGuard guard(launch.device, kOp);
+  adamw_cuda(tensors.data(), count, options, device_scalars, words, launch.content.content, launch.multiprocessors,
+             reinterpret_cast<void*>(launch.stream));
+}
+
 // As adamw, on the GPU: maps, seed and the scalars behind lr_tensor, grad_scale and found_inf (0: none) lie there.
 void adamw_on_cuda(std::int64_t count, const py::buffer& params, const py::buffer& grads, const py::buffer& exp_avgs,
                    const py::buffer& exp_avg_sqs, const py::object& absmax1, const py::object& absmax2,
                    const py::object& masters, const py::buffer& steps, const py::buffer& numels,
-                   const py::buffer& kinds, double lr, double beta1, double beta2, double eps, double weight_decay,
-                   bool decoupled, bool maximize, Address map1, Address map2, Address seed, Address lr_tensor,
-                   bool lr_is_f64, Address grad_scale, Address found_inf, Table& content, Address table,
-                   std::int64_t table_words, int multiprocessors, int device, Address stream) {
-  check((map1 != 0) == (map2 != 0), kOp, ": qmap1 and qmap2 are given together or not at all");
-  check(table_words == adamw_table_words(count), kOp, ": the table has ", table_words, " words, expected ",
-        adamw_table_words(count), " for ", count, " tensors");
-  check(multiprocessors > 0, kOp, ": the device has ", multiprocessors, " multiprocessors");
-  const AdamwOptions options{lr,
-                             beta1,
-                             beta2,
-                             eps,
-                             weight_decay,
-                             decoupled,
-                             maximize,
-                             1.0,
-                             optional<const float>(map1, 256, "qmap1"),
-                             optional<const float>(map2, 256, "qmap2"),
-                             optional<const std::int64_t>(seed, 1, "rounding_seed")};
-  const AdamwDeviceScalars scalars{
-      lr_is_f64 ? static_cast<const void*>(optional<const double>(lr_tensor, 1, "lr_tensor"))
-                : static_cast<const void*>(optional<const float>(lr_tensor, 1, "lr_tensor")),
-      lr_is_f64, optional<const float>(grad_scale, 1, "grad_scale"), optional<const float>(found_inf, 1, "found_inf")};
-  const auto tensors = read_lists(count, params, grads, exp_avgs, exp_avg_sqs, absmax1, absmax2, masters, steps, numels,
-                                  kinds, options.map1 != nullptr);
-  auto* words = pointer<std::uint64_t>(table, table_words, kOp, "table");
-  const py::gil_scoped_release release;
-  const std::lock_guard<std::mutex> lock(content.mutex);
-  const DeviceGuard guard(device, kOp);
-  adamw_cuda(tensors.data(), count, options, scalars, words, content.content, multiprocessors,
-             reinterpret_cast<void*>(stream));
+                   const py::buffer& kinds, const Scalars& scalars, const OnDevice& there, Table& content,
+                   Address table, std::int64_t table_words, int multiprocessors, int device, Address stream) {
+  run_on_cuda(read_lists(count, params, grads, exp_avgs, exp_avg_sqs, absmax1, absmax2, masters, steps, numels, kinds,
+                         there.map1 != 0 && there.map2 != 0),
+              scalars, there, {content, table, table_words, multiprocessors, device, stream});
 }
 
 // As adamw_pages, on the GPU; the pages lie there, or in host memory that it can reach. Its stochastic rounding counts
-// from the beginning of what it is given, so parts of tensors are rounded to nearest only.
+// from the beginning of what it is given, so parts of tensors are rounded to nearest only: no seed.
 void adamw_pages_on_cuda(const std::vector<py::buffer>& tables, const std::vector<Address>& pages,
                          std::int64_t page_bytes, const py::buffer& params, const py::buffer& grads,
-                         const py::buffer& numels, double lr, double beta1, double beta2, double eps,
-                         double weight_decay, bool decoupled, bool maximize, Address map1, Address map2,
-                         Address lr_tensor, bool lr_is_f64, Address grad_scale, Address found_inf, Table& content,
+                         const py::buffer& numels, const Scalars& scalars, const OnDevice& there, Table& content,
                          Address table, std::int64_t table_words, int multiprocessors, int device, Address stream) {
-  check((map1 != 0) == (map2 != 0), kOp, ": qmap1 and qmap2 are given together or not at all");
-  check(multiprocessors > 0, kOp, ": the device has ", multiprocessors, " multiprocessors");
-  const AdamwOptions options{lr,
-                             beta1,
-                             beta2,
-                             eps,
-                             weight_decay,
-                             decoupled,
-                             maximize,
-                             1.0,
-                             optional<const float>(map1, 256, "qmap1"),
-                             optional<const float>(map2, 256, "qmap2"),
-                             nullptr};
-  const AdamwDeviceScalars scalars{
-      lr_is_f64 ? static_cast<const void*>(optional<const double>(lr_tensor, 1, "lr_tensor"))
-                : static_cast<const void*>(optional<const float>(lr_tensor, 1, "lr_tensor")),
-      lr_is_f64, optional<const float>(grad_scale, 1, "grad_scale"), optional<const float>(found_inf, 1, "found_inf")};
-  const auto tensors = read_pages(tables, pages, page_bytes, params, grads, numels, options);
-  const auto count = std::int64_t(tensors.size());
-  check(table_words == adamw_table_words(count), kOp, ": the table has ", table_words, " words, expected ",
-        adamw_table_words(count), " for ", count, " tensors");
-  auto* words = pointer<std::uint64_t>(table, table_words, kOp, "table");
-  const py::gil_scoped_release release;
-  const std::lock_guard<std::mutex> lock(content.mutex);
-  const DeviceGuard guard(device, kOp);
-  adamw_cuda(tensors.data(), count, options, scalars, words, content.content, multiprocessors,
-             reinterpret_cast<void*>(stream));
+  check(there.seed == 0, kOp, ": parts of tensors are not rounded stochastically on a GPU");
+  run_on_cuda(read_pages(tables, pages, page_bytes, params, grads, numels, there.map1 != 0 && there.map2 != 0), scalars,
+              there, {content, table, table_words, multiprocessors, device, stream});
 }
 #endif
 
@@ -312,6 +254,9 @@ void register_adamw(py::module_& m) {
   m.def("adamw_cpu", &adamw);
   m.def("adamw_pages_cpu", &adamw_pages);
 #if defined(PYFASTPEFT_WITH_CUDA)
+  py::class_<OnDevice>(m, "AdamwOnDevice", py::module_local())
+      .def(py::init<Address, Address, Address, Address, Address, Address, bool>(), py::arg("map1"), py::arg("map2"),
+           py::arg("seed"), py::arg("lr_tensor"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("lr_is_f64"));
   py::class_<Table>(m, "AdamwTable", py::module_local()).def(py::init<>());
   m.def("adamw_table_words", &adamw_table_words);
   m.def("adamw_cuda", &adamw_on_cuda);

@@ -7,32 +7,23 @@
 #include <vector>
 
 #include "adamw/adamw_kernel.h"
-#include "common/cpu_isa.h"
-#include "common/parallel.h"
 #include "common/philox.h"
-#include "common/subnormals.h"
+#include "common/tensor_units.h"
 
 namespace pyfastpeft {
 namespace {
 
-constexpr std::int64_t kGrain = 64;  // blocks of 256 per thread at least
+static_assert(kAdamwBlock == kTensorUnit);
 
 const AdamwKernels kScalar = adamw_kernels<VecScalar>();
 
 const AdamwKernels& kernels() {
 #if defined(__x86_64__)
   static const bool has_vbmi = __builtin_cpu_supports("avx512vbmi");  // all with AVX-512 BF16 but Cooper Lake
-  switch (cpu_isa()) {
-    case CpuIsa::scalar:
-      return kScalar;
-    case CpuIsa::avx2:
-      return adamw_kernels_avx2;
-    case CpuIsa::avx512:
-    case CpuIsa::amx:
-      return has_vbmi ? adamw_kernels_avx512 : adamw_kernels_avx2;
-  }
-#endif
+  return for_cpu_isa(kScalar, adamw_kernels_avx2, has_vbmi ? adamw_kernels_avx512 : adamw_kernels_avx2);
+#else
   return kScalar;
+#endif
 }
 
 AdamwCoefficients coefficients(const AdamwOptions& options, double step) {
@@ -156,31 +147,21 @@ void adamw_cpu(const AdamwTensor* tensors, std::int64_t count, const AdamwOption
   const AdamwKernels& table = kernels();
   const auto map1 = map_of(options.map1);
   const auto map2 = map_of(options.map2);
-  // The tensors' blocks in one row: tensor i has those from starts[i] to starts[i + 1].
-  std::vector<std::int64_t> starts(std::size_t(count) + 1, 0);
   std::vector<AdamwCoefficients> scalars;  // a new entry only where the step differs from the tensor before
   std::vector<std::int32_t> scalars_of(std::size_t(count), 0);
   float last_step = std::numeric_limits<float>::quiet_NaN();
   for (std::int64_t i = 0; i < count; ++i) {
-    starts[std::size_t(i) + 1] = starts[std::size_t(i)] + (tensors[i].n + kAdamwBlock - 1) / kAdamwBlock;
     const float step = *tensors[i].step += 1.0f;
     if (scalars.empty() || step != last_step) scalars.push_back(coefficients(options, double(step)));
     last_step = step;
     scalars_of[std::size_t(i)] = std::int32_t(scalars.size() - 1);
   }
-  parallel_for(starts.back(), kGrain, [&](std::int64_t begin, std::int64_t end) {
-    const KeepSubnormals keep;
-    std::int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-    for (; begin < end; ++i) {
-      const std::int64_t start = starts[std::size_t(i)], stop = std::min(end, starts[std::size_t(i) + 1]);
-      if (begin >= stop) continue;  // a tensor without values
-      const AdamwTensor& t = tensors[i];
-      const bool same = t.grad_dtype == t.param_dtype;
-      const AdamwKernel kernel = same ? table.same[int(t.param_dtype)] : table.f32_grad[int(t.param_dtype)];
-      kernel({t, t.index < 0 ? i : t.index, begin - start, stop - start,
-              scalars[std::size_t(scalars_of[std::size_t(i)])], map1.get(), map2.get(), options.seed});
-      begin = stop;
-    }
+  parallel_for_units(tensor_units(tensors, count), [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+    const AdamwTensor& t = tensors[i];
+    const bool same = t.grad_dtype == t.param_dtype;
+    const AdamwKernel kernel = same ? table.same[int(t.param_dtype)] : table.f32_grad[int(t.param_dtype)];
+    kernel({t, t.index < 0 ? i : t.index, begin, end, scalars[std::size_t(scalars_of[std::size_t(i)])], map1.get(),
+            map2.get(), options.seed});
   });
 }
 

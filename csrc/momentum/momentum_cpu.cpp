@@ -1,32 +1,18 @@
 // Lion and SGD on the CPU: the scalars of a step and the split among threads. The updates are in momentum_kernel.h.
-#include <algorithm>
-#include <vector>
-
-#include "common/cpu_isa.h"
-#include "common/parallel.h"
-#include "common/subnormals.h"
+#include "common/tensor_units.h"
 #include "momentum/momentum_kernel.h"
 
 namespace pyfastpeft {
 namespace {
 
-constexpr std::int64_t kUnit = 256, kGrain = 64;  // values shared as one, and units per thread at least
-
 const MomentumKernels kScalar = momentum_kernels<VecScalar>();
 
 const MomentumKernels& kernels() {
 #if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case CpuIsa::scalar:
-      return kScalar;
-    case CpuIsa::avx2:
-      return momentum_kernels_avx2;
-    case CpuIsa::avx512:
-    case CpuIsa::amx:
-      return momentum_kernels_avx512;
-  }
-#endif
+  return for_cpu_isa(kScalar, momentum_kernels_avx2, momentum_kernels_avx512);
+#else
   return kScalar;
+#endif
 }
 
 }  // namespace
@@ -46,24 +32,12 @@ void momentum_cpu(const MomentumTensor* tensors, std::int64_t count, const Momen
                                    o.nesterov};
   MomentumCoefficients at_first = later;
   at_first.first_step = true;
-  // The tensors' units in one row: tensor i has those from starts[i] to starts[i + 1].
-  std::vector<std::int64_t> starts(std::size_t(count) + 1, 0);
-  for (std::int64_t i = 0; i < count; ++i) {
-    starts[std::size_t(i) + 1] = starts[std::size_t(i)] + (tensors[i].n + kUnit - 1) / kUnit;
-    *tensors[i].step += 1.0f;
-  }
-  parallel_for(starts.back(), kGrain, [&](std::int64_t begin, std::int64_t end) {
-    const KeepSubnormals keep;
-    std::int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-    for (; begin < end; ++i) {
-      const std::int64_t start = starts[std::size_t(i)], stop = std::min(end, starts[std::size_t(i) + 1]);
-      if (begin >= stop) continue;  // a tensor without values
-      const MomentumTensor& t = tensors[i];
-      const auto& kernel_of = t.grad_dtype == t.param_dtype ? table.same : table.f32_grad;
-      kernel_of[int(o.rule)][int(t.param_dtype)](t, *t.step == 1.0f ? at_first : later, (begin - start) * kUnit,
-                                                 std::min((stop - start) * kUnit, t.n));
-      begin = stop;
-    }
+  for (std::int64_t i = 0; i < count; ++i) *tensors[i].step += 1.0f;
+  parallel_for_units(tensor_units(tensors, count), [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+    const MomentumTensor& t = tensors[i];
+    const auto& kernel_of = t.grad_dtype == t.param_dtype ? table.same : table.f32_grad;
+    kernel_of[int(o.rule)][int(t.param_dtype)](t, *t.step == 1.0f ? at_first : later, begin * kTensorUnit,
+                                               std::min(end * kTensorUnit, t.n));
   });
 }
 

@@ -257,7 +257,8 @@ def _launch_cpu(
         return
     _mark_written(*written)
     _C.adamw_cpu(
-        *tables, lr if lr_tensor is None else lr_tensor.item(), beta1, beta2, eps, weight_decay, decoupled, maximize,
+        *tables,
+        (lr if lr_tensor is None else lr_tensor.item(), beta1, beta2, eps, weight_decay, decoupled, maximize),
         _address(qmap1), _address(qmap2), _address(rounding_seed), 1.0 if grad_scale is None else grad_scale.item(),
     )  # fmt: skip
 
@@ -290,10 +291,18 @@ def _launch_cuda(
     table, content = _device_table(param, tables, target)
     _mark_written(*written)
     target.module.adamw_cuda(
-        *tables, lr, beta1, beta2, eps, weight_decay, decoupled, maximize,
-        _address(qmap1), _address(qmap2), _address(rounding_seed), _address(lr_tensor),
-        lr_tensor is not None and lr_tensor.dtype == torch.float64, _address(grad_scale), _address(found_inf),
-        content, table.data_ptr(), table.numel(), _cuda.multiprocessors(param), target.device, target.stream,
+        *tables, (lr, beta1, beta2, eps, weight_decay, decoupled, maximize),
+        on_device(target, qmap1, qmap2, rounding_seed, lr_tensor, grad_scale, found_inf), content, table.data_ptr(),
+        table.numel(), _cuda.multiprocessors(param), target.device, target.stream,
+    )  # fmt: skip
+
+
+def on_device(target, qmap1, qmap2, rounding_seed, lr_tensor, grad_scale, found_inf):
+    """The binding's argument for what a GPU's kernel reads from there."""
+    return target.module.AdamwOnDevice(
+        map1=_address(qmap1), map2=_address(qmap2), seed=_address(rounding_seed), lr_tensor=_address(lr_tensor),
+        grad_scale=_address(grad_scale), found_inf=_address(found_inf),
+        lr_is_f64=lr_tensor is not None and lr_tensor.dtype == torch.float64,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from pyfastpeft._native import _C
 from pyfastpeft.ops import _cuda
 from pyfastpeft.ops._library import DTYPE_CODES
-from pyfastpeft.ops.adamw import standard_maps
+from pyfastpeft.ops.adamw import on_device, standard_maps
 from pyfastpeft.optim.adamw import AdamW
 from pyfastpeft.optim.page_space import SCALE, STEP, Field, PagedState, Piece
 from pyfastpeft.optim.paged import PagedOptimizer
@@ -126,8 +126,7 @@ class PagedAdamW(PagedOptimizer, AdamW):
         lr, scale, seed = scalars["lr"], scalars["grad_scale"], scalars["rounding_seed"]
         maps = [call.first_state.constants.get(key) for key in ("qmap1", "qmap2")]
         return (
-            lr.item() if isinstance(lr, torch.Tensor) else lr, scalars["beta1"], scalars["beta2"], scalars["eps"],
-            scalars["weight_decay"], scalars["decoupled"], scalars["maximize"], *maps, seed,
+            _numbers(scalars, lr.item() if isinstance(lr, torch.Tensor) else lr), *maps, seed,
             1.0 if scale is None else scale.item(),
         )  # fmt: skip
 
@@ -137,10 +136,10 @@ class PagedAdamW(PagedOptimizer, AdamW):
         if isinstance(options, dict):
             self._launch_on_cuda(call, tables, pages, page_bytes, options)
             return
-        *scalars, map1, map2, seed, scale = options
+        numbers, map1, map2, seed, scale = options
         addresses = (0 if t is None else t.data_ptr() for t in (map1, map2, seed))
         _C.adamw_pages_cpu(
-            tables, pages, page_bytes, threads, call.param_addresses, call.grad_addresses, call.numels, *scalars,
+            tables, pages, page_bytes, threads, call.param_addresses, call.grad_addresses, call.numels, numbers,
             *addresses, scale,
         )  # fmt: skip
 
@@ -169,11 +168,14 @@ class PagedAdamW(PagedOptimizer, AdamW):
         lr, lr_tensor = (0.0, lr) if isinstance(lr, torch.Tensor) else (lr, None)
         if lr_tensor is not None and lr_tensor.device != param.device:
             lr, lr_tensor = lr_tensor.item(), None
-        addresses = [0 if t is None else t.data_ptr() for t in (options["map1"], options["map2"], lr_tensor)]
-        scaler = [0 if t is None else t.data_ptr() for t in (options["grad_scale"], options["found_inf"])]
+        there = on_device(
+            target, options["map1"], options["map2"], None, lr_tensor, options["grad_scale"], options["found_inf"]
+        )
         target.module.adamw_pages_cuda(
-            tables, pages, page_bytes, call.param_addresses, call.grad_addresses, call.numels, lr, options["beta1"],
-            options["beta2"], options["eps"], options["weight_decay"], options["decoupled"], options["maximize"],
-            *addresses, lr_tensor is not None and lr_tensor.dtype == torch.float64, *scaler, content, table.data_ptr(),
-            words, _cuda.multiprocessors(param), target.device, target.stream,
+            tables, pages, page_bytes, call.param_addresses, call.grad_addresses, call.numels, _numbers(options, lr),
+            there, content, table.data_ptr(), words, _cuda.multiprocessors(param), target.device, target.stream,
         )  # fmt: skip
+
+
+def _numbers(scalars: dict[str, Any], lr: float) -> tuple:
+    return (lr, *(scalars[key] for key in ("beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize")))

@@ -84,6 +84,9 @@ def finetune(
     alpha: Annotated[float, _option("LoRA alpha; the update is scaled by alpha / rank.", ADAPTER)] = 32,
     dropout: Annotated[float, _option("LoRA dropout.", ADAPTER)] = 0.05,
     rslora: Annotated[bool, _option("Scale by alpha / sqrt(rank).", ADAPTER, "--rslora")] = False,
+    init: Annotated[
+        str, _option("lora, qlora: default, gaussian, orthogonal or eva (from the data's directions).", ADAPTER)
+    ] = "default",
     target_modules: Annotated[
         str, _option('"auto", "all-linear", module names with commas between them, or a regular expression.', ADAPTER)
     ] = "auto",

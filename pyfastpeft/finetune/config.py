@@ -13,6 +13,7 @@ from pyfastpeft.finetune.errors import ConfigError
 METHODS = ("qlora", "lora", "adalora", "ia3", "relora", "bitfit", "prompt", "p_tuning", "prefix", "trainable_tokens")
 VIRTUAL_TOKEN_METHODS = ("prompt", "p_tuning", "prefix")
 SCHEDULES = ("cosine", "linear", "constant")
+INITS = ("default", "gaussian", "orthogonal", "eva")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -50,6 +51,9 @@ class FinetuneConfig:
                             all-linear, the architecture's usual ones for ia3, every bias for bitfit, the input embedding for
                             trainable_tokens; "all-linear"; module names with commas
                             between them; or a regular expression)
+    init                    lora, qlora: how A starts: "default" (Kaiming), "gaussian", "orthogonal", or "eva": the directions
+                            in which each layer's inputs vary most on the training data, with the ranks given to the
+                            layers where they explain most
     virtual_tokens          prompt, p_tuning, prefix: how many
     prompt_text             prompt: start from the embeddings of this text; None: of tokens drawn at random
     prompt_encoder          p_tuning: "mlp" or "lstm"
@@ -90,6 +94,7 @@ class FinetuneConfig:
     alpha: float = 32
     dropout: float = 0.05
     rslora: bool = False
+    init: str = "default"
     quantize: bool | None = None
     target_modules: str = "auto"
     modules_to_save: str | None = None
@@ -144,6 +149,7 @@ class FinetuneConfig:
             _require(bool(getattr(self, name).strip()), name, "a path or an id", getattr(self, name))
         _one_of(self, "method", METHODS)
         _one_of(self, "schedule", SCHEDULES)
+        _one_of(self, "init", INITS)
         _one_of(self, "optimizer", OPTIMIZERS)
         _one_of(self, "dtype", DTYPES)
         _one_of(self, "blocksize", BLOCKSIZES)
@@ -177,6 +183,8 @@ class FinetuneConfig:
             _require(not value or self.method == method, name, f"nothing without --method {method}", value)
         if self.method == "trainable_tokens":
             self.tokens()
+        if self.init != "default" and self.method not in ("lora", "qlora"):
+            raise ConfigError(f"--init {self.init} is an option of --method lora and qlora, this is {self.method}")
         if self.restart_every is not None and self.method != "relora":
             raise ConfigError(f"--restart-every is an option of --method relora, this is {self.method}")
         if self.resume_from is not None and self.overwrite:

@@ -24,7 +24,8 @@ def adapter_config(config: FinetuneConfig, total_steps: int) -> PeftConfig:
 def _lora(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> PeftConfig:
     from pyfastpeft import LoraConfig
 
-    return LoraConfig(r=config.rank, use_rslora=config.rslora, **_low_rank(config), **common)
+    init = True if config.init == "default" else config.init
+    return LoraConfig(r=config.rank, use_rslora=config.rslora, init_lora_weights=init, **_low_rank(config), **common)
 
 
 def _adalora(config: FinetuneConfig, total_steps: int, common: dict[str, Any]) -> PeftConfig:

@@ -15,6 +15,7 @@ from pyfastpeft.finetune.checkpoint import load_optimizer
 from pyfastpeft.finetune.config import FinetuneConfig, FinetuneResult
 from pyfastpeft.finetune.data import BatchOrder, Sequences, make_sequences, split_heldout, step_seed, tokenize
 from pyfastpeft.finetune.errors import DataError
+from pyfastpeft.finetune.eva import initialise_by_eva
 from pyfastpeft.finetune.loop import TrainingLoop, perplexity
 from pyfastpeft.finetune.metrics import MetricsLog, draw_losses, peak_memory
 from pyfastpeft.finetune.model import (
@@ -78,6 +79,8 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         base = load_base(config.model, device=str(device), dtype=dtype)
         check_tokens(data.train.ids, base.model)
         model = build(base, config, output.checkpoint, order.steps)
+        if config.init == "eva" and output.checkpoint is None:
+            note(initialise_by_eva(model, config, data.train, data.pad))
         parameters = trainable_parameters(model)
 
         def save_adapter(folder: str) -> None:

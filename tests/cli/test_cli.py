@@ -88,6 +88,7 @@ def test_every_option_reaches_the_config(tiny_model, monkeypatch, tmp_path):
         "prompt": {"prompt_text": "a"},
         "prefix": {"prefix_projection": True},
         "trainable_tokens": {"token_indices": "3"},
+        "lora": {"init": "eva"},
     }  # refused with another method
     named = {name for more in others.values() for name in more}
     assert set(values) | named | {"model", "data", "output", "overwrite"} == fields

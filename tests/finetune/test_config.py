@@ -95,6 +95,10 @@ def test_what_the_method_decides():
         FinetuneConfig("m", "d", "o", quantize=False)
     with pytest.raises(ConfigError, match="--restart-every is an option of --method relora, this is qlora"):
         FinetuneConfig("m", "d", "o", restart_every=3)
+    with pytest.raises(ConfigError, match="--init eva is an option of --method lora and qlora, this is ia3"):
+        FinetuneConfig("m", "d", "o", method="ia3", init="eva")
+    with pytest.raises(ConfigError, match="init"):
+        FinetuneConfig("m", "d", "o", init="EVE")
 
 
 @given(

@@ -465,6 +465,26 @@ def test_other_methods_train_and_merge(make_config, tiny_model, tmp_path, method
         torch.testing.assert_close(model(torch.arange(9)[None]).logits, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method, init", [("qlora", "eva"), ("lora", "eva"), ("lora", "orthogonal")])
+def test_how_lora_starts(make_config, method, init):
+    """EVA's directions are the data's: other rows than those drawn, with the ranks the file says; a run resumes."""
+    from safetensors.torch import load_file
+
+    options = {"method": method, "init": init, "dropout": 0.0, "batch_size": 4}
+    result = finetune(make_config(**options, max_steps=4))
+    config = json.loads((result.output / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == init and result.status == "complete"
+    tensors = load_file(result.output / "adapter_model.safetensors")
+    ranks = {name.removesuffix(".lora_A.weight"): len(a) for name, a in tensors.items() if "lora_A" in name}
+    if init == "eva":
+        assert sum(ranks.values()) == 4 * len(config["target_modules"]) or len(set(ranks.values())) > 1
+        for name, rank in ranks.items():
+            path = name.removeprefix("base_model.model.")
+            assert config["rank_pattern"].get(path, config["r"]) == rank
+    again = finetune(make_config(**options, max_steps=4, resume_from=str(result.output / "checkpoints/step-2")))
+    assert again.losses == result.losses[2:]
+
+
 METHODS = {
     "bitfit": {"quantize": True},
     "prompt": {"prompt_text": "a text", "virtual_tokens": 7},

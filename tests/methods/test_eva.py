@@ -8,6 +8,7 @@ import torch
 
 import pyfastpeft as pf
 from pyfastpeft.methods.lora.eva import IncrementalDirections
+from tests.methods import eva_process
 from tests.methods.models import VOCAB, build
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
@@ -186,8 +187,8 @@ def test_an_embedding_keeps_its_own(tmp_path):
     with torch.no_grad():
         loaded = pf.PeftModel.from_pretrained(build("llama"), tmp_path)
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
-    with pytest.raises(ValueError, match="has a LoraEmbedding at model.embed_tokens, and only linear layers can be"):
         pf.hotswap_adapter(model, tmp_path, "default")
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_bad_input():
@@ -231,3 +232,23 @@ def test_bad_input():
     with pytest.raises(TypeError, match="unexpected keyword argument 'roh'"):
         pf.LoraConfig(init_lora_weights="eva", eva_config={"roh": 2.0})
     assert pf.LoraConfig(init_lora_weights="eva").eva_config == pf.EvaConfig()
+
+
+def test_two_processes_are_given_the_same(tmp_path):
+    """What one process finds in the batches of both, put together; an error in one stops the other too."""
+    torch.multiprocessing.spawn(eva_process.run, (2, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["failed"] == "RuntimeError: EVA: process 1 failed with ValueError: EVA: the dataloader is empty"
+    assert second["failed"] == "ValueError: EVA: the dataloader is empty"
+    alone, first, second = second["alone"], first["found"], second["found"]
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    halves = [eva_process.batches(rank, 2) for rank in (0, 1)]
+    whole = [
+        {key: torch.cat([half[i][key] for half in halves if i < len(half)]) for key in each}
+        for i, each in enumerate(halves[0])
+    ]
+    expected = eva_process.find(whole)
+    assert expected.keys() == first.keys()
+    for name, a in expected.items():
+        assert a.shape == first[name].shape and (torch.cosine_similarity(a, first[name]) > 0.999).all(), name
+    assert any(a.shape != first[name].shape or not torch.allclose(a, first[name]) for name, a in alone.items())

@@ -25,9 +25,10 @@ from torch import nn
 from pyfastpeft.inject import find_targets, remove_hollow_holders
 from pyfastpeft.methods.base import KEY_PREFIX
 from pyfastpeft.methods.lora.config import LoraConfig
+from pyfastpeft.methods.lora.eva_directions import IncrementalDirections
+from pyfastpeft.methods.lora.eva_processes import Processes
 from pyfastpeft.methods.lora.layer import LoraLinear
 
-_SEED = 42  # of the random projection, PEFT's
 _MOST_PASSES = 100
 
 
@@ -68,54 +69,6 @@ def _first(layer_input: Any, layer_name: str) -> torch.Tensor:
     return x
 
 
-class IncrementalDirections:
-    """The leading `count` directions [count, K] of rows that come in batches, and how much of their variance each has."""
-
-    def __init__(self, count: int, tau: float) -> None:
-        self.count, self.tau = count, tau
-        self.directions: torch.Tensor | None = None
-        self.ratio = self.singular = self.converged = None
-        self._mean = self._variance = None
-        self._seen = 0
-
-    @torch.no_grad()
-    def add(self, x: torch.Tensor) -> None:
-        x = x.to(torch.float32)
-        rows = x.shape[0]
-        mean, squares = x.mean(0, dtype=torch.float64), x.var(0, correction=0).double() * rows
-        total = self._seen + rows
-        centred = x - mean.to(x.dtype)
-        if self.directions is None:
-            self._mean, self._variance = mean, squares / total
-        else:
-            shift = self._mean - mean
-            correction = (self._seen * rows / total) ** 0.5 * shift
-            kept = self.singular[:, None] * self.directions
-            centred = torch.cat([kept.to(centred), centred, correction[None].to(centred)])
-            squares = self._variance * self._seen + squares + self._seen * rows / total * shift.square()
-            self._mean, self._variance = (self._mean * self._seen + mean * rows) / total, squares / total
-        self._seen = total
-        directions, singular = _leading(centred, self.count)
-        former, self.directions, self.singular = self.directions, directions, singular
-        self.ratio = singular.double().square() / (self._variance.sum() * total).clamp_min(1e-300)
-        if former is not None:
-            self.converged = torch.cosine_similarity(directions, former) >= self.tau
-
-    def settled(self, rank: int) -> bool:
-        return rank == 0 or (self.converged is not None and bool(self.converged[:rank].all()))
-
-
-def _leading(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first right singular vectors of x [rows, K], the largest entry of each positive, and their singular values."""
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_SEED)
-        _, s, v = torch.svd_lowrank(x, q=min(2 * count, *x.shape), niter=4)
-    v = v.T[:count]
-    largest = v.gather(1, v.abs().argmax(1, keepdim=True))
-    return v * torch.where(largest < 0, -1.0, 1.0), s[:count]
-
-
 def get_eva_state_dict(
     model: nn.Module,
     dataloader: Iterable,
@@ -135,15 +88,12 @@ def get_eva_state_dict(
     prepare_model_inputs_fn   (batch, config) -> what the next is given: here the positions that count
     prepare_layer_inputs_fn   (a layer's arguments, that, its name) -> [tokens, K]; one for all, or by name; None: all rows
 
-    Raises ValueError: no batches; none of them with as many tokens as a layer may get ranks; inputs that are not finite;
-    several processes (gather_distributed_inputs=False: each on its own batches).
+    gather_distributed_inputs   with torch.distributed initialised the processes' batches count as one, so that all get the same;
+                              False: each is alone with its own
+
+    Raises ValueError: no batches; none of them with as many tokens as a layer may get ranks; inputs that are not finite.
+    An error in one process is a RuntimeError in the others.
     """
-    if gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise ValueError(
-                "EVA does not gather the inputs of several processes; compute get_eva_state_dict in one and broadcast it, or "
-                "pass gather_distributed_inputs=False"
-            )
     adapted = getattr(model, "base_model", None)
     adapted = adapted if hasattr(adapted, "peft_config") and hasattr(adapted, "layers") else None
     if adapted is None and peft_config is None:
@@ -157,10 +107,11 @@ def get_eva_state_dict(
         layers, prefix = _adapted_layers(adapted, adapter_name), KEY_PREFIX
     if iter(dataloader) is dataloader:
         raise TypeError("EVA: the dataloader can be gone through only once; give a DataLoader or a list of batches")
-    first = next(iter(dataloader), None)
-    if first is None:
-        raise ValueError("EVA: the dataloader is empty")
-    collector = _Collector(model, config, layers, prefix, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn)
+    processes = Processes(gather_distributed_inputs)
+    first = processes.agreed(lambda: _first_batch(dataloader))
+    collector = _Collector(
+        model, config, layers, prefix, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, processes
+    )
     training = model.training
     with contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
@@ -172,11 +123,20 @@ def get_eva_state_dict(
     return {prefix + path: a for path, a in found.items()}
 
 
-class _Collector:
-    """Runs the batches and feeds each distinct input's decomposition."""
+def _first_batch(dataloader: Iterable) -> Any:
+    first = next(iter(dataloader), None)
+    if first is None:
+        raise ValueError("EVA: the dataloader is empty")
+    return first
 
-    def __init__(self, model, config, layers, prefix, forward_fn, prepare_batch, prepare_layer) -> None:
-        self.model, self.config, self.layers = model, config, layers
+
+class _Collector:
+    """Runs the batches and feeds each distinct input's decomposition, which is the first process's alone."""
+
+    def __init__(
+        self, model, config, layers, prefix, forward_fn, prepare_batch, prepare_layer, processes: Processes
+    ) -> None:
+        self.model, self.config, self.layers, self.processes = model, config, layers, processes
         self.forward_fn, self.prepare_batch = forward_fn, prepare_batch
         named = (
             prepare_layer
@@ -191,34 +151,51 @@ class _Collector:
 
     def run(self, first: Any, dataloader: Iterable, progress: bool) -> dict[str, torch.Tensor]:
         config, eva = self.config, self.config.eva_config
-        leader = self._leaders(first)
+        leader, width = self.processes.from_first(lambda: self._leaders(first))
         most = {path: round(config.rank_for(path) * eva.rho) for path in self.layers}
         budget = sum(config.rank_for(path) for path in self.layers)
         for path, other in leader.items():
             most[other] = max(most[other], most[path])
-        most = {path: min(most[leader[path]], self._width[path]) for path in self.layers}
+        most = {path: min(most[leader[path]], width[path]) for path in self.layers}
         found = {path: IncrementalDirections(most[path], eva.tau) for path in dict.fromkeys(leader.values())}
         ranks = dict(most)
+
+        def unsettled_now() -> list[str]:
+            return [path for path, each in found.items() if not each.settled(ranks[path])]
+
+        def learn(inputs: dict[str, torch.Tensor]) -> None:
+            nonlocal ranks
+            for path, x in inputs.items():
+                if not torch.isfinite(x).all():
+                    raise ValueError(f"EVA: the inputs of {path} have NaN or infinities")
+                if x.shape[0] >= most[path]:
+                    found[path].add(x.to(self.device))
+            if all(each.directions is not None for each in found.values()):
+                ranks = self._ranks(found, leader, most, budget)
+
+        def check_pass() -> None:
+            short = [path for path, each in found.items() if each.directions is None]
+            if short:
+                raise ValueError(
+                    f"EVA: no batch has the {most[short[0]]} tokens that the rank of {short[0]} may need (r · rho); use "
+                    "larger batches, a smaller rho, or use_label_mask=False"
+                )
+
+        def result() -> dict[str, torch.Tensor]:
+            return {path: self._rows(found[leader[path]], ranks[path]).cpu() for path in self.layers}
+
+        share = self.processes
         with _progress(len(self.layers), progress) as report:
             for _ in range(_MOST_PASSES):
-                for batch in dataloader:
-                    unsettled = [path for path, each in found.items() if not each.settled(ranks[path])]
+                for batch in share.batches(dataloader):
+                    unsettled = share.from_first(unsettled_now)
                     report(sum(leader[path] not in unsettled for path in self.layers))
                     if not unsettled:
-                        return {path: self._rows(found[leader[path]], ranks[path]) for path in self.layers}
-                    for path, x in self._inputs(batch, unsettled).items():
-                        if not torch.isfinite(x).all():
-                            raise ValueError(f"EVA: the inputs of {path} have NaN or infinities")
-                        if x.shape[0] >= most[path]:
-                            found[path].add(x)
-                    if all(each.directions is not None for each in found.values()):
-                        ranks = self._ranks(found, leader, most, budget)
-                short = [path for path, each in found.items() if each.directions is None]
-                if short:
-                    raise ValueError(
-                        f"EVA: no batch has the {most[short[0]]} tokens that the rank of {short[0]} may need (r · rho); use "
-                        "larger batches, a smaller rho, or use_label_mask=False"
-                    )
+                        return {path: a.to(self.device) for path, a in share.from_first(result).items()}
+                    inputs = share.agreed(lambda b=batch, u=unsettled: {} if b is None else self._inputs(b, u))
+                    inputs = share.gathered(inputs)
+                    share.agreed(lambda i=inputs: learn(i))
+                share.from_first(check_pass)
         raise ValueError(
             f"EVA: after {_MOST_PASSES} passes over the data {len(unsettled)} layers have not settled (first: "
             f"{unsettled[0]}); use larger batches or a tau below {eva.tau}"
@@ -241,11 +218,11 @@ class _Collector:
     def _order(leader: dict[str, str]) -> list[str]:
         return [p for p in leader if leader[p] == p] + [p for p in leader if leader[p] != p]
 
-    def _leaders(self, batch: Any) -> dict[str, str]:
-        """{path: the first path with the same input}, from one batch."""
-        seen, leader, self._width = {}, {}, {}
+    def _leaders(self, batch: Any) -> tuple[dict[str, str], dict[str, int]]:
+        """{path: the first path with the same input}, from one batch, and how wide each is."""
+        seen, leader, width = {}, {}, {}
         for path, x in self._inputs(batch, list(self.layers)).items():
-            self._width[path] = x.shape[1]
+            width[path] = x.shape[1]
             values = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
             key = x.shape, x.dtype, hashlib.sha256(values).digest()
             leader[path] = seen.setdefault(key, path)
@@ -254,7 +231,7 @@ class _Collector:
             raise ValueError(
                 f"EVA: forward_fn does not reach {silent[:5]}, which therefore have no inputs to decompose"
             )
-        return {path: leader[path] for path in self.layers}
+        return {path: leader[path] for path in self.layers}, width
 
     def _inputs(self, batch: Any, paths: list[str]) -> dict[str, torch.Tensor]:
         """The prepared inputs [tokens, K] of these layers in one forward pass."""

@@ -1,5 +1,6 @@
 """add_weighted_adapter, against its formulas and against PEFT; get_layer_status and get_model_status."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -96,6 +97,109 @@ def test_the_same_as_peft(kind, sign, weights):
     for path, expected in results[0][1].items():
         torch.testing.assert_close(results[1][1][path], expected, rtol=1e-3, atol=1e-5, msg=path)
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
+@pytest.mark.parametrize("weights", [(0.6, 1.3), (0.6, -1.3)], ids=str)
+def test_dropping_at_random_as_peft(kind, weights, monkeypatch):
+    """Both libraries drop by torch.bernoulli, in other orders of the layers: here a draw depends on its shape alone."""
+    peft = pytest.importorskip("peft")
+
+    def drawn(probabilities):
+        generator = torch.Generator().manual_seed(sum(probabilities.shape))
+        return (torch.rand(probabilities.shape, generator=generator) < probabilities).to(probabilities.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", drawn)
+    deltas = []
+    for library in (peft, pf):
+        model = two(library)
+        model.base_model.add_weighted_adapter(["default", "b"], list(weights), "new", kind, density=0.6)
+        deltas.append({path: delta(model, path, "new") for path in (Q, V, DOWN)})
+    for path, expected in deltas[0].items():
+        assert expected.norm() > 0
+        torch.testing.assert_close(deltas[1][path], expected, rtol=1e-3, atol=1e-5, msg=path)
+
+
+class Tables(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.plane = torch.nn.Embedding(11, 8), torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.attn, self.line = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.nn.Linear(8, 8)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = x + self.plane(x[:, None]).mean(1)
+        return self.line(x + self.attn(x, x, x)[0])
+
+
+TABLES = ["table", "plane", "line"]
+
+
+def tables(library, names=TABLES):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"r": 2, "target_modules": names}
+        model = library.get_peft_model(Tables().eval(), library.LoraConfig(lora_alpha=3, **options))
+        scatter(model)
+        model.add_adapter("b", library.LoraConfig(lora_alpha=5, **options))
+        model.set_adapter("b")
+        scatter(model, seed=4)
+        model.set_adapter("default")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "magnitude_prune"])
+def test_embeddings_and_convolutions_combined(kind):
+    """cat and svd by their definition; of PEFT's kinds, those that it has for such layers give the same."""
+    peft, results = pytest.importorskip("peft"), []
+    for library in (pf, peft):
+        model = tables(library)
+        how = {"combination_type": kind, "density": 0.5, "svd_rank": 4}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.base_model.add_weighted_adapter(["default", "b"], [0.7, -1.2], "new", **how)
+        except (NotImplementedError, ValueError, RuntimeError, IndexError):  # PEFT has no svd of an embedding
+            assert library is peft and kind == "svd"
+            return
+        layers = {name: model.get_base_model().get_submodule(name) for name in TABLES}
+        results.append({name: layer.get_delta_weight("new").flatten(1) for name, layer in layers.items()})
+        if kind in ("cat", "svd"):  # four ranks hold the sum
+            for name, layer in layers.items() if library is pf else ():
+                whole = 0.7 * layer.get_delta_weight("default") - 1.2 * layer.get_delta_weight("b")
+                torch.testing.assert_close(results[0][name], whole.flatten(1), rtol=1e-3, atol=1e-4)
+    for name in TABLES:
+        theirs = results[1][name]
+        theirs = theirs.T if theirs.shape != results[0][name].shape else theirs
+        torch.testing.assert_close(results[0][name], theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_status_as_peft():
+    peft, pairs = pytest.importorskip("peft"), []
+    for library in (pf, peft):
+        model = tables(library, [*TABLES, "attn"])
+        pairs.append([])
+        for step in ("get_model_status", "merge_adapter", "unmerge_adapter", "set_adapter"):
+            getattr(model, step)(*(["b"] if step == "set_adapter" else []))
+            # theirs have the path in their own LoraModel
+            layers = {s.name.removeprefix("model."): dataclasses.asdict(s) for s in model.get_layer_status()}
+            whole = dataclasses.asdict(model.get_model_status())
+            whole["devices"] = {name: sorted(set(kinds)) for name, kinds in whole["devices"].items()}
+            pairs[-1].append((layers, whole))
+    for mine, theirs in zip(*pairs, strict=True):
+        # theirs lists the attention's inner projection as a layer of its own
+        inner = [name for name in theirs[0] if name.startswith("attn.")]
+        assert [name for name in theirs[0] if name not in inner] == list(mine[0])
+        for name, status in mine[0].items():
+            fields = set(status) & set(theirs[0][name]) - {"module_type", "name"}
+            assert {"enabled", "active_adapters", "merged_adapters", "requires_grad", "available_adapters"} <= fields
+            assert {f: status[f] for f in fields} == {f: theirs[0][name][f] for f in fields}, name
+        fields = set(mine[1]) & set(theirs[1]) - {"num_adapter_layers", "adapter_model_type"}
+        if mine[1]["merged_adapters"]:
+            fields -= {"trainable_params"}  # theirs makes the attention's own weights trainable by merging
+        assert {f: mine[1][f] for f in fields} == {f: theirs[1][f] for f in fields}
+        assert theirs[1]["num_adapter_layers"] == mine[1]["num_adapter_layers"] + len(inner)
 
 
 def test_dropping_at_random_keeps_the_mean():

@@ -148,6 +148,30 @@ def test_merging(case):
     assert list(plain.state_dict()) == list(build(case).state_dict())
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if MERGES[name]])
+def test_safe_merging_writes_nothing_that_is_not_finite(case):
+    model = scatter(adapted(case), scale=0.2)
+    tensors = model.base_model.tensors("default")
+    with torch.no_grad():  # finite each, but not their product; DoRA's lengths but not their quotient
+        for key, tensor in tensors.items():
+            if "lora_A" in key or "lora_B" in key or "lora_embedding" in key:
+                tensor.fill_(1e25)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN or infinities in torch.float32"):
+            call(safe_merge=True)
+    next(iter(tensors.values())).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="adapter 'default' has NaN"):
+        model.merge_adapter()
+    parameters = dict(model.named_parameters())
+    changed = [n for n, p in parameters.items() if not torch.equal(p, before[n])]
+    assert (
+        len(changed) == 1
+        and "lora_" in changed[0]
+        and not any(h.merged_adapters for _, h in model.base_model.holders())
+    )
+
+
 @EACH
 def test_copies_pickles_status_and_mixed_batches(case):
     model = scatter(adapted(case), scale=0.2)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import pyfastpeft as pf
 from tests.methods.contract import scatter
@@ -87,6 +88,27 @@ def test_loraplus():
         names = {id(p): n for n, p in model.named_parameters()}
         sides.append({names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]})
     assert sides[0] == sides[1] and len(sides[0]) == 6
+
+
+def test_loraplus_of_other_layers():
+    """Embeddings have a rate of their own; convolutions and attention are A and B like the rest."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    class Tables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.plane = nn.Embedding(11, 8), nn.Conv2d(1, 4, 3, padding=1)
+            self.attn, self.line = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    sides = []
+    for library, make in ((peft, create_loraplus_optimizer), (pf, pf.optim.create_loraplus_optimizer)):
+        names = ["table", "plane", "attn", "line"]
+        model = library.get_peft_model(Tables(), library.LoraConfig(r=2, target_modules=names))
+        optimizer = make(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8, loraplus_lr_embedding=1e-5)
+        paths = {id(p): n.replace("out_lora", "base_layer.out_proj.lora") for n, p in model.named_parameters()}
+        sides.append({paths[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]})
+    assert sides[0] == sides[1] and len(sides[0]) == 10
+    assert {value[0] for value in sides[1].values()} == {1e-3, 8e-3, 1e-5}
 
 
 @pytest.mark.parametrize("init", [True, False])

@@ -113,7 +113,9 @@ class ModulesToSaveWrapper(AdapterHolder):
 
 def _hook_owners(module: nn.Module) -> dict[int, AdapterHolder]:
     """A memo for deepcopy: adapters that act on the module through hooks act on its copy, they are not copied with it."""
-    hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values())
+    parts = list(module.modules())
+    hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
+    hooks += [vars(part).get("config") for part in parts]  # an attention's, where its prefix acts through it
     owners = (getattr(hook, "holder", None) for hook in hooks)
     return {id(owner): owner for owner in owners if isinstance(owner, AdapterHolder)}
 

@@ -82,12 +82,6 @@ def test_what_is_not_known_is_refused():
 
 
 REFUSED = {
-    "distilbert": (
-        lambda: tf.DistilBertForSequenceClassification(
-            tf.DistilBertConfig(vocab_size=VOCAB, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
-        ),
-        "DistilBertForSequenceClassification has no attention that takes a cache",
-    ),
     "deberta": (
         lambda: tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(**SIZES)),
         "DebertaV2ForSequenceClassification has no attention that takes a cache",

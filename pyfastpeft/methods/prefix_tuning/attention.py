@@ -40,6 +40,14 @@ def find_attentions(model: nn.Module) -> dict[str, list[nn.Module]]:
     return {group: modules for group, modules in groups.items() if modules}
 
 
+def find_cacheless(model: nn.Module) -> list[nn.Module]:
+    """The self-attentions that take no cache and are computed by transformers' registry of functions, in order."""
+    from pyfastpeft.methods.prefix_tuning.interface import uses_interface
+
+    found = innermost((path, module) for path, module in named_originals(model) if uses_interface(module))
+    return [module for path, module in found if not _CROSS.search(_below_root(path))]
+
+
 def layer_number(module: nn.Module) -> int | None:
     """Which layer an attention says it is of; None for other modules."""
     return getattr(module, "layer_idx", getattr(module, "layer_id", None))

@@ -12,7 +12,9 @@ has no cache, gets a prefix the same way. The price is one concatenation of the 
 The prefix's keys are not rotated and stand at no position, but PEFT's models count positions from v on, since a cache
 of v tokens precedes the text: for equal logits the positions of a decoder, or an encoder alone, are shifted by v here
 (a hook before the model, which also makes them follow the mask: left padding changes nothing). ALiBi and T5's relative
-positions place the prefix just before the text.
+positions place the prefix just before the text. An encoder whose attentions take no cache (DistilBERT, ViT) has its prefix
+through transformers' registry of attention functions, at no position at all: interface.py. What has neither is refused:
+DeBERTa computes its own attention out of three products with relative positions.
 
 An encoder-decoder has three prefixes: the encoder's, the decoder's own, and one for attention to the encoder's output
 (Li and Liang 2021, section 4.2). PEFT gives the decoder one, of which layers i and i + L/2 share a half while the other
@@ -27,6 +29,7 @@ import torch
 from torch import nn
 
 from pyfastpeft.methods.base import PeftType
+from pyfastpeft.methods.prefix_tuning import interface
 from pyfastpeft.methods.prefix_tuning.attention import (
     CACHE_NAMES,
     MASK_NAMES,
@@ -34,6 +37,7 @@ from pyfastpeft.methods.prefix_tuning.attention import (
     extended_alibi,
     extended_mask,
     find_attentions,
+    find_cacheless,
     layer_number,
 )
 from pyfastpeft.methods.prefix_tuning.cache import prefixed
@@ -75,6 +79,10 @@ class Prefixes(PromptHolder):
         super().remove_adapter(name)
         self.sizes.pop(name, None)
         self._whole = None
+
+    def leave(self, model: nn.Module, merged: bool = False) -> None:
+        super().leave(model, merged)
+        interface.unhook(model, self)
 
     def prefix_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [heads, v, head size] of attention `index`, counted over all groups."""
@@ -153,11 +161,12 @@ class PrefixTuningMethod(PromptMethod):
     place = "prefix_encoder"
 
     def fill_config(self, model: nn.Module, config: PrefixTuningConfig) -> None:
-        groups = find_attentions(model)
+        groups = _groups(model)
         if not any(groups.values()):
             raise ValueError(
-                f"PrefixTuningConfig: {type(model).__name__} has no attention that takes a cache, so there is no place for "
-                "keys and values of its own; use prompt tuning, or a method that adapts layers"
+                f"PrefixTuningConfig: {type(model).__name__} has no attention that takes a cache, nor one by transformers' "
+                "registry of attention functions, so there is no place for keys and values of its own; use prompt tuning, or "
+                "a method that adapts layers"
             )
         check_implementation(model)
         fill_sizes(model, config)
@@ -232,6 +241,12 @@ class PrefixTuningMethod(PromptMethod):
 
     def add_hooks(self, holder: Prefixes, model: nn.Module) -> None:
         first = 0
+        cacheless = [] if any(find_attentions(model).values()) else find_cacheless(model)
+        for index, module in enumerate(cacheless):
+            for each in (module, *copies_of(model, module)):
+                interface.hook(each, holder, index)
+        if cacheless:
+            return
         for group, modules in find_attentions(model).items():
             indices = None if is_encoder_decoder(model) else _layer_indices(modules)
             for place, module in enumerate(modules):
@@ -243,6 +258,14 @@ class PrefixTuningMethod(PromptMethod):
         if not is_encoder_decoder(model) and "position_ids" in names:
             holder.limit = position_limit(model)
             holder.hook(model, "before_model", names, _first_position(model), is_causal(model))
+
+
+def _groups(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """find_attentions(), or the attentions without a cache where that finds none."""
+    groups = find_attentions(model)
+    if not any(groups.values()) and not is_encoder_decoder(model):
+        return {"decoder": find_cacheless(model)}
+    return groups
 
 
 def _layer_indices(modules: list[nn.Module], below: int | None = None) -> list[int] | None:

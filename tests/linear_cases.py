@@ -5,7 +5,8 @@ import torch
 from pyfastpeft.reference import lora as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# M, N, K, R: one of everything, odd everything, whole vectors, more columns than a panel, more rows than a panel
+# M, N, K, R: one of everything, odd everything, whole vectors, more columns than a panel, more rows than a panel,
+# as many rows as bf16 is multiplied from, odd everything
 SHAPES = [
     (1, 1, 1, 1),
     (3, 5, 7, 3),
@@ -14,6 +15,8 @@ SHAPES = [
     (21, 70, 1100, 7),
     (9, 1030, 40, 17),
     (300, 19, 130, 64),
+    (67, 70, 549, 7),
+    (141, 33, 37, 28),
 ]
 NAMES = ("y", "x", "weight", "bias", "lora_a", "lora_b")
 

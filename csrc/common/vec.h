@@ -46,6 +46,8 @@ struct VecScalar {
   static VecScalar where_finite(VecScalar a, VecScalar b) { return std::isfinite(a.v) ? b : a; }
   // the lanes of two vectors by turns, in two vectors: a's and b's first halves, then their second halves
   static void interleave(VecScalar a, VecScalar b, VecScalar& low, VecScalar& high) { low = a, high = b; }
+  // the lanes whose bit is set, 0 in the others
+  static VecScalar keep(VecScalar a, std::uint32_t bits) { return {bits & 1 ? a.v : 0.0f}; }
 };
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -94,6 +96,11 @@ struct VecAvx2 {
   static void interleave(VecAvx2 a, VecAvx2 b, VecAvx2& low, VecAvx2& high) {
     const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);  // of each half
     low.v = _mm256_permute2f128_ps(even, odd, 0x20), high.v = _mm256_permute2f128_ps(even, odd, 0x31);
+  }
+  static VecAvx2 keep(VecAvx2 a, std::uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane);
+    return {_mm256_and_ps(a.v, _mm256_castsi256_ps(kept))};
   }
 };
 #endif
@@ -148,6 +155,7 @@ struct VecAvx512 {
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     low.v = _mm512_permutex2var_ps(a.v, first, b.v), high.v = _mm512_permutex2var_ps(a.v, second, b.v);
   }
+  static VecAvx512 keep(VecAvx512 a, std::uint32_t bits) { return {_mm512_maskz_mov_ps(__mmask16(bits), a.v)}; }
 };
 #endif
 

@@ -8,7 +8,8 @@
 //   accumulate   G [R, D]  = P [M, R]ᵀ · drop(X) [M, D]              dA = dSᵀ·x,  dBᵀ = Sᵀ·dY
 //
 // Nothing of the size of X or Y is allocated. The dropout mask is a function of (seed, flat position in the [M, D]
-// input), so it is recomputed wherever it is needed and stored nowhere.
+// input). Its random numbers cost a CPU more than the product they mask, so there they are drawn once, by lora_mask_cpu,
+// a bit for each value; CUDA kernels draw them wherever they need them and store nothing.
 // A result does not depend on the number of threads: each element is summed by one thread in one order.
 #pragma once
 
@@ -18,41 +19,60 @@
 
 namespace pyfastpeft {
 
-struct LoraDropout {
-  double p;            // probability of zero, in [0, 1]; 0: no dropout and the seed is not read
-  std::uint64_t seed;  // Philox key
+// An fp32 matrix [R, D] with any strides, so that B [N, R] serves as Bt [R, N] in place.
+struct LoraFactor {
+  const float* values;
+  std::int64_t rank_stride, column_stride;  // in elements
 };
 
-void lora_shrink_cpu(const void* x,            // [M, D] of `dtype`, row-major
-                     DType dtype,              //
-                     std::int64_t M,           //
-                     std::int64_t D,           //
-                     const float* a,           // [R, D]
-                     std::int64_t R,           //
-                     float alpha,              //
-                     const LoraDropout& drop,  // of x
-                     float* s);                // [M, R], overwritten
+// Which values of an [M, D] matrix are kept: bit d % 32 of bits[m · words + d / 32]; the others count as zero.
+struct LoraMaskBits {
+  const std::uint32_t* bits = nullptr;  // null: all
+  std::int64_t words = 0;               // of a row: lora_mask_words(D)
+  float scale = 1.0f;                   // of what is kept: 1/(1-p)
 
-void lora_expand_cpu(const float* s,           // [M, R]
-                     std::int64_t M,           //
-                     std::int64_t R,           //
-                     const float* c,           // [R, D]
-                     std::int64_t D,           //
-                     const LoraDropout& drop,  // of the product, before it is added
-                     DType dtype,              //
-                     void* y);                 // [M, D] of `dtype`, added to
+  const std::uint32_t* row(std::int64_t m) const { return bits == nullptr ? nullptr : bits + m * words; }
+};
 
-void lora_accumulate_cpu(const float* p,           // [M, R]
-                         std::int64_t M,           //
-                         std::int64_t R,           //
-                         const void* x,            // [M, D] of `dtype`
-                         DType dtype,              //
-                         std::int64_t D,           //
-                         const LoraDropout& drop,  // of x
-                         float* g);                // [R, D], overwritten
+inline std::int64_t lora_mask_words(std::int64_t D) { return (D + 31) / 32; }
 
-// out[i] = drop(x)[begin + i] for i in [0, count): the mask itself, for tests and for the reference.
-void lora_dropout_cpu(const float* x, std::int64_t begin, std::int64_t count, const LoraDropout& drop, float* out);
+// keep iff the 32 random bits of the position are at least p·2^32; bits past D are 0
+void lora_mask_cpu(std::uint64_t begin,   // flat position of the first value; the key is `seed`
+                   std::int64_t M,        //
+                   std::int64_t D,        //
+                   double p,              // probability of zero, in [0, 1]
+                   std::uint64_t seed,    // Philox key
+                   std::uint32_t* bits);  // [M, lora_mask_words(D)], overwritten
+
+void lora_shrink_cpu(const void* x,             // [M, D] of `dtype`, row-major
+                     DType dtype,               //
+                     std::int64_t M,            //
+                     std::int64_t D,            //
+                     const LoraFactor& a,       // [R, D]
+                     std::int64_t R,            //
+                     float alpha,               //
+                     const LoraMaskBits& mask,  // of x
+                     float* s);                 // [M, R], overwritten
+
+void lora_expand_cpu(const float* s,            // [M, R]
+                     std::int64_t M,            //
+                     std::int64_t R,            //
+                     const LoraFactor& c,       // [R, D]
+                     std::int64_t D,            //
+                     const LoraMaskBits& mask,  // of the product, before it is added
+                     DType dtype,               //
+                     void* y);                  // [M, D] of `dtype`, added to
+
+void lora_accumulate_cpu(const float* p,                 // [M, R]
+                         std::int64_t M,                 //
+                         std::int64_t R,                 //
+                         const void* x,                  // [M, D] of `dtype`
+                         DType dtype,                    //
+                         std::int64_t D,                 //
+                         const LoraMaskBits& mask,       // of x
+                         float* g,                       // [R, D], overwritten
+                         std::int64_t g_rank_stride,     // in elements
+                         std::int64_t g_column_stride);  //
 
 // ---- CUDA: the same three products on device memory -----------------------------------------------------------------
 //
@@ -67,12 +87,6 @@ void lora_dropout_cpu(const float* x, std::int64_t begin, std::int64_t count, co
 struct LoraDropoutCuda {
   double p;                  // as above
   const std::int64_t* seed;  // [1], device memory; not read when p is 0
-};
-
-// An fp32 matrix [R, D] (or, for a result, float*) with any strides, so that B [N, R] serves as Bt [R, N] in place.
-struct LoraFactor {
-  const float* values;
-  std::int64_t rank_stride, column_stride;  // in elements
 };
 
 // Floats of workspace the launchers below need for these shapes, 0 for none.

@@ -3,6 +3,10 @@
 
 namespace pyfastpeft {
 
+void lora_mask_rows_avx2(std::uint64_t first, std::int64_t D, double p, std::uint64_t seed, std::uint32_t* bits,
+                         std::int64_t begin, std::int64_t end) {
+  lora_mask_rows(first, D, p, seed, bits, begin, end);
+}
 void lora_shrink_rows_avx2(const LoraShrinkArgs& args, std::int64_t begin, std::int64_t end) {
   lora_shrink_rows<VecAvx2>(args, begin, end);
 }

@@ -13,7 +13,6 @@ template <typename V, typename T, typename F>
 void segmented_shrink(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
   // one lane sums what sixteen would: a shorter run keeps the error of its long chain down
   constexpr std::int64_t kChunk = V::width == 1 ? 64 : kLoraChunk;
-  const LoraDropout whole{0.0, 0};
   std::vector<float> panel(kLoraRows * kChunk), right;
   for (std::int64_t p = begin; p < end; ++p) {
     const SegmentedShrinkPiece& piece = args.shrink[p];
@@ -26,7 +25,7 @@ void segmented_shrink(const SegmentedCpuArgs& args, std::int64_t begin, std::int
       for (int i = 0; i < piece.rows; ++i) {
         float* row = panel.data() + i * kChunk;
         std::fill(row + count, row + padded, 0.0f);
-        lora_load_panel<V>(static_cast<const T*>(args.x), args.row(piece.position + i) * args.K + k, count, whole, row);
+        lora_load_panel<V>(static_cast<const T*>(args.x), args.row(piece.position + i) * args.K + k, count, row);
       }
       const float* factor = nullptr;
       std::int64_t stride = 0;
@@ -34,10 +33,11 @@ void segmented_shrink(const SegmentedCpuArgs& args, std::int64_t begin, std::int
         if (padded == count) factor = a + k, stride = args.K;
       }
       if (factor == nullptr) {
-        right.resize(kSegmentedRanks * kChunk);
+        if (const auto size = std::size_t(kSegmentedRanks * kChunk); right.size() < size)
+          right = std::vector<float>(size);
         for (std::int64_t r = 0; r < ranks; ++r) {
           std::fill(right.data() + r * kChunk + count, right.data() + r * kChunk + padded, 0.0f);
-          lora_load_panel<V>(a, r * args.K + k, count, whole, right.data() + r * kChunk);
+          lora_load_panel<V>(a, r * args.K + k, count, right.data() + r * kChunk);
         }
         factor = right.data(), stride = kChunk;
       }
@@ -91,7 +91,7 @@ void segmented_expand(const SegmentedCpuArgs& args, std::int64_t begin, std::int
     const SegmentedAdapter& adapter = args.adapters[piece.adapter];
     const std::int64_t R = adapter.rank, columns = std::min(kSegmentedColumns, args.N - piece.column);
     const std::int64_t padded = (columns + V::width - 1) / V::width * V::width;
-    right.resize(std::size_t(R * kSegmentedColumns));
+    if (const auto size = std::size_t(R * kSegmentedColumns); right.size() < size) right = std::vector<float>(size);
     segmented_turn<V, true>(static_cast<const F*>(adapter.b) + piece.column * R, R, columns, R, right.data(),
                             kSegmentedColumns);
     for (std::int64_t n = 0; n < columns; ++n)

@@ -46,6 +46,26 @@ def check_s(op: str, grad_output, s, lora_a) -> None:
         )
 
 
+def empty_mask(x: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """What stands for the mask of a dropout of x [..., K]: its words on the CPU, no value where none is kept."""
+    if dropout_p == 0 or x.device.type != "cpu":
+        return x.new_empty(0, dtype=torch.int32)
+    return x.new_empty((*x.shape[:-1], (x.shape[-1] + 31) // 32), dtype=torch.int32)
+
+
+def check_mask(op: str, grad_output, mask, K: int, dropout_p: float) -> None:
+    """The forward's mask, where the backward reads it: on the CPU."""
+    if dropout_p == 0 or grad_output.device.type != "cpu":
+        return
+    expected = (*grad_output.shape[:-1], (K + 31) // 32)
+    if mask is None or mask.dtype != torch.int32 or tuple(mask.shape) != expected or mask.device != grad_output.device:
+        got = "None" if mask is None else f"{mask.dtype} {tuple(mask.shape)} on {mask.device}"
+        raise ValueError(
+            f"{op}: mask is {got}, expected torch.int32 {expected} on {grad_output.device}, as the forward gave it, for a "
+            f"dropout_p of {dropout_p}"
+        )
+
+
 def check_operands(op: str, device, N: int, K: int, bias, lora_a, lora_b, dropout_p: float, seed) -> None:
     """Everything but x and the weight, for real and fake tensors alike."""
     if bias is not None:

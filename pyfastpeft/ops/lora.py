@@ -4,7 +4,7 @@ With S = s·drop(x)·Aᵀ [M, R] the layer is
 
     y   = x·Wᵀ + b + S·Bᵀ
 
-and for the incoming dy [M, N], where mask is the same dropout (0 or 1/(1-p)), recomputed from the seed:
+and for the incoming dy [M, N], where mask is the same dropout (0 or 1/(1-p)):
 
     dS  = dy·B, dA = s·dSᵀ·drop(x)      [R, K]     since S = s·drop(x)·Aᵀ
     dB  = dyᵀ·S                         [N, R]     S is the forward's, kept: R values a token
@@ -12,9 +12,9 @@ and for the incoming dy [M, N], where mask is the same dropout (0 or 1/(1-p)), r
     dW  = dyᵀ·x,  db = Σ_m dy                      only where they require grad
 
 The base products are torch's own matmul; the low-rank path is added to their results in place (on CUDA they are added to
-it), and nothing of the size of x or y is allocated or saved for it: what the backward keeps is x itself, S and the
-parameters. Where a gradient is wanted the op that runs is linear_lora_with_s, which returns S beside y; S has no gradient
-of its own.
+it), and nothing of the size of x or y is allocated or saved for it: what the backward keeps is x itself, S, the mask (on
+the CPU, one bit a value; a GPU draws it again from the seed) and the parameters. Where a gradient is wanted the op that
+runs is linear_lora_with_s, which returns S and the mask beside y; they have no gradient of their own.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from pyfastpeft.ops._linear import (
     as_rows,
     autocasts,
     check_grad,
+    check_mask,
     check_operands,
     check_s,
     check_x,
     draw_seed,
+    empty_mask,
 )
-from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_
+from pyfastpeft.ops._linear_cpu import add_lora_, draw_mask, lora_backward_
 
 
 def _check(op, x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
@@ -55,15 +57,17 @@ def _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
     check_x("linear_lora", x, *weight.shape)
 
 
-def _shaped(x, y, s) -> tuple[torch.Tensor, torch.Tensor]:
-    return y.view(*x.shape[:-1], y.shape[-1]), s.view(*x.shape[:-1], s.shape[-1])
+def _shaped(x, y, s, mask=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mask = x.new_empty(0, dtype=torch.int32) if mask is None else mask.view(*x.shape[:-1], mask.shape[-1])
+    return y.view(*x.shape[:-1], y.shape[-1]), s.view(*x.shape[:-1], s.shape[-1]), mask
 
 
 def _forward_cpu(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed)
     rows = as_rows(x)
     y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    return _shaped(x, y, add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed))
+    mask = draw_mask(*rows.shape, dropout_p, seed)
+    return _shaped(x, y, add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, mask), mask)
 
 
 def _forward_cuda(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
@@ -76,20 +80,22 @@ def _forward_cuda(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
 def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed)
     s = x.new_empty((*x.shape[:-1], lora_a.shape[0]), dtype=torch.float32)
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), s
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), s, empty_mask(x, dropout_p)
 
 
-def _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask) -> None:
+def _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask) -> None:
     op = "linear_lora_backward"
     _check(op, grad_output, weight, None, lora_a, lora_b, dropout_p, seed)
     check_grad(op, grad_output, x, *weight.shape, output_mask[1] or output_mask[3])
     if output_mask[4]:
         check_s(op, grad_output, s, lora_a)
+    if output_mask[0] or output_mask[3]:
+        check_mask(op, grad_output, mask, weight.shape[1], dropout_p)
 
 
-def _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask):
+def _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask):
     """low_rank(grad, rows, s, need_x, need_a, need_b) gives grad_x whole, and the gradients of A and B."""
-    _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+    _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
     rows, s = as_rows(x) if need_w or need_a else None, as_rows(s) if need_b else None
@@ -103,24 +109,25 @@ def _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_
     )
 
 
-def _backward_cpu(grad_output, x, s, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+def _backward_cpu(grad_output, x, s, mask, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
     def low_rank(grad, rows, s, need_x, *needs):
         grad_x = torch.mm(grad, weight) if need_x else None
-        return grad_x, *lora_backward_(grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, *needs)
+        bits = None if mask is None or dropout_p == 0 else mask.contiguous()
+        return grad_x, *lora_backward_(grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, bits, *needs)
 
-    return _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+    return _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
-def _backward_cuda(grad_output, x, s, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+def _backward_cuda(grad_output, x, s, mask, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
     def low_rank(grad, rows, s, *needs):
         grad_x, *grads = _linear_cuda.lora_backward(grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, *needs)
         return None if grad_x is None else grad_x.addmm_(grad, weight), *grads
 
-    return _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+    return _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
-def _backward_fake(grad_output, x, s, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
-    _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+def _backward_fake(grad_output, x, s, mask, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+    _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     return (
         grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]) if need_x else (0,)),
@@ -133,23 +140,28 @@ def _backward_fake(grad_output, x, s, weight, lora_a, lora_b, scaling, dropout_p
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed = inputs
-    _, s = output
-    ctx.mark_non_differentiable(s)
+    _, s, mask = output
+    ctx.mark_non_differentiable(s, mask)
     ctx.set_materialize_grads(False)
     ctx.bias_dtype = None if bias is None else bias.dtype
     need = ctx.needs_input_grad
-    ctx.save_for_backward(x if need[1] or need[3] else None, s if need[4] else None, weight, lora_a, lora_b, seed)
+    ctx.save_for_backward(
+        x if need[1] or need[3] else None,
+        s if need[4] else None,
+        mask if ctx.dropout_p > 0 and (need[0] or need[3]) else None,
+        weight, lora_a, lora_b, seed,
+    )  # fmt: skip
 
 
-def _backward(ctx, grad_output, _):
+def _backward(ctx, grad_output, *_):
     if grad_output is None:  # nothing depends on y
         return (None,) * 8
-    x, s, weight, lora_a, lora_b, seed = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:5])
+    x, s, mask, weight, lora_a, lora_b, seed = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
     x = grad_output if x is None else x  # not read then
-    grads = _backward_op(grad_output, x, s, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, mask)
-    grads = [g if need else None for g, need in zip(grads, mask, strict=True)]
-    if mask[2]:
+    grads = _backward_op(grad_output, x, s, mask, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
+    grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    if needs[2]:
         grads[2] = grads[2].to(ctx.bias_dtype)
     return *grads, None, None, None
 
@@ -161,8 +173,8 @@ def _autocast(dtype, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
 
 
 _backward_op = register_op(
-    "linear_lora_backward(Tensor grad_output, Tensor x, Tensor? s, Tensor weight, Tensor lora_a, Tensor lora_b, "
-    f"{LORA_SCHEMA}, bool[5] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, "
+    "linear_lora_backward(Tensor grad_output, Tensor x, Tensor? s, Tensor? mask, Tensor weight, Tensor lora_a, "
+    f"Tensor lora_b, {LORA_SCHEMA}, bool[5] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, "
     "Tensor grad_lora_b)",
     cpu=_backward_cpu,
     cuda=_backward_cuda,
@@ -171,7 +183,7 @@ _backward_op = register_op(
 )
 _ARGUMENTS = f"(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, {LORA_SCHEMA})"
 _op_with_s = register_op(
-    f"linear_lora_with_s{_ARGUMENTS} -> (Tensor y, Tensor s)",
+    f"linear_lora_with_s{_ARGUMENTS} -> (Tensor y, Tensor s, Tensor mask)",
     cpu=_forward_cpu,
     cuda=_forward_cuda,
     fake=_forward_fake,
@@ -193,7 +205,7 @@ def _vmap(op, info, in_dims, *args):
     x, *rest = args
     if rest[-2] == 0 and not any(isinstance(dim, int) for dim in in_dims[1:]):  # the batch is one more token dimension
         result = op(x.movedim(in_dims[0], 0), *rest)
-        return result, (0, 0) if isinstance(result, tuple) else 0
+        return result, (0, 0, None) if isinstance(result, tuple) else 0
     return vmap_by_loop(op, info, in_dims, *args)
 
 

@@ -35,7 +35,7 @@ from pyfastpeft.ops._linear import (
     check_x,
     draw_seed,
 )
-from pyfastpeft.ops._linear_cpu import add_lora_, lora_backward_, shrink
+from pyfastpeft.ops._linear_cpu import add_lora_, draw_mask, lora_backward_, shrink
 from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
@@ -194,12 +194,13 @@ def _forward_cpu(
         elif x.dtype == torch.bfloat16 and _C.nf4_panel_available():
             kernel = _C.nf4_panel_cpu
         if kernel is not None:
-            s = None if lora_a is None else shrink(rows, lora_a, scaling, dropout_p, seed)
+            mask = draw_mask(*rows.shape, dropout_p, seed)
+            s = None if lora_a is None else shrink(rows, lora_a, scaling, dropout_p, mask)
             _fused(kernel, w, rows, bias, s, lora_b, y)
         else:
             _matmul(w, rows, bias, y)
             if lora_a is not None:
-                add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, seed)
+                add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, draw_mask(*rows.shape, dropout_p, seed))
     return y.view(*x.shape[:-1], N)
 
 
@@ -255,9 +256,10 @@ def _backward_cpu(
             _matmul_backward(_Weight(*flat, N, K), grad, grad_x)
     if lora_a is not None:
         rows = as_rows(x) if need_a or need_b else None
-        s = shrink(rows, lora_a, scaling, dropout_p, seed) if need_b else None
+        mask = draw_mask(grad.shape[0], K, dropout_p, seed)
+        s = shrink(rows, lora_a, scaling, dropout_p, mask) if need_b else None
         grad_a, grad_b = lora_backward_(
-            None if added else grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, need_a, need_b, ds
+            None if added else grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, mask, need_a, need_b, ds
         )
     return (
         grad_x.view(*grad_output.shape[:-1], K) if need_x else empty(0),

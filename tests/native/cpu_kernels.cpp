@@ -171,17 +171,24 @@ void check_4bit(const Shape& shape, DType dtype, QuantType type, bool nested) {
 }
 
 void check_lora(std::int64_t M, std::int64_t D, std::int64_t R, DType dtype, double p) {
-  const LoraDropout drop{p, 12345};
+  std::vector<std::uint32_t> bits(std::size_t(M * lora_mask_words(D)));
+  LoraMaskBits mask;
+  if (p > 0) {
+    lora_mask_cpu(7, M, D, p, 12345, bits.data());
+    mask = {bits.data(), lora_mask_words(D), float(1.0 / (1.0 - p))};
+  }
   Buffer x = random(M * D, dtype), a = random(R * D, DType::f32), s = random(M * R, DType::f32);
   const double tolerance = dtype == DType::f32 ? 1e-5 : dtype == DType::f16 ? 2e-3 : 2e-2;
-  compare("shrink", M * R, DType::f32, 1e-5, M, R, D,
-          [&](void* out) { lora_shrink_cpu(x.get(), dtype, M, D, a.as(), R, 0.5f, drop, static_cast<float*>(out)); });
+  compare("shrink", M * R, DType::f32, 1e-5, M, R, D, [&](void* out) {
+    lora_shrink_cpu(x.get(), dtype, M, D, {a.as(), D, 1}, R, 0.5f, mask, static_cast<float*>(out));
+  });
   compare("expand", M * D, dtype, tolerance, M, R, D, [&](void* out) {
     std::memcpy(out, x.get(), std::size_t(M * D * size_of(dtype)));
-    lora_expand_cpu(s.as(), M, R, a.as(), D, drop, dtype, out);
+    lora_expand_cpu(s.as(), M, R, {a.as(), 1, R}, D, mask, dtype, out);
   });
-  compare("accumulate", R * D, DType::f32, 1e-5, M, R, D,
-          [&](void* out) { lora_accumulate_cpu(s.as(), M, R, x.get(), dtype, D, drop, static_cast<float*>(out)); });
+  compare("accumulate", R * D, DType::f32, 1e-5, M, R, D, [&](void* out) {
+    lora_accumulate_cpu(s.as(), M, R, x.get(), dtype, D, mask, static_cast<float*>(out), D, 1);
+  });
 }
 
 // Samples of `rows` rows with three adapters, of ranks R, 0 and R + 3, and one sample without.
@@ -272,6 +279,7 @@ int main() {
       check_lora(7, 67, 5, dtype, p);
       check_lora(130, 35, 17, dtype, p);
       check_lora(3, 1030, 4, dtype, p);
+      check_lora(67, 549, 20, dtype, p);
     }
     check_segmented_lora(1, 67, 21, 5, dtype, DType::f32);
     check_segmented_lora(7, 1041, 270, 17, dtype, dtype);

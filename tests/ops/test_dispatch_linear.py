@@ -45,8 +45,8 @@ def test_opcheck(kind, p, dtype):
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
     if kind == "lora":
         torch.library.opcheck(torch.ops.pyfastpeft.linear_lora_with_s, arguments)
-        _, s = torch.ops.pyfastpeft.linear_lora_with_s(*detached)
-        weightless = (detached[0], s, detached[1], *detached[3:])
+        _, s, kept = torch.ops.pyfastpeft.linear_lora_with_s(*detached)
+        weightless = (detached[0], s, kept, detached[1], *detached[3:])
         mask = [True] * 5
     else:
         weightless = (*detached[:10], *detached[11:])
@@ -163,8 +163,8 @@ def test_s_is_asked_for_only_where_a_gradient_is():
 def test_s_has_no_gradient():
     layer, tensors, _ = _layer("lora")
     x, bias, a, b = tensors
-    y, s = torch.ops.pyfastpeft.linear_lora_with_s(x, torch.randn(10, 36), bias, a, b, 0.5, 0.0, None)
-    assert y.requires_grad and not s.requires_grad
+    y, s, mask = torch.ops.pyfastpeft.linear_lora_with_s(x, torch.randn(10, 36), bias, a, b, 0.5, 0.0, None)
+    assert y.requires_grad and not s.requires_grad and mask.numel() == 0
     torch.testing.assert_close(s, 0.5 * x.detach() @ a.detach().t())
 
 

@@ -116,22 +116,24 @@ def test_philox_known_answers():
         assert philox(counter, high, key).tolist() == [expected]
 
 
-def _kernel_dropout(x, begin, p, seed):
-    out = torch.full_like(x, torch.nan)
-    _C.lora_dropout_cpu(x.data_ptr(), begin, x.numel(), p, seed, out.data_ptr())
-    return out
+def _kernel_mask(begin, M, D, p, seed):
+    words = torch.full((M, (D + 31) // 32), -1, dtype=torch.int32)
+    _C.lora_mask_cpu(begin, M, D, p, seed, words.data_ptr(), words.numel())
+    bits = words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32) & 1
+    return bits.view(M, -1).bool()
 
 
 @pytest.mark.parametrize("begin", [0, 1, 2, 3, 4 * (2**32 - 3) + 1, 2**40 + 7])
 def test_mask_is_philox_of_the_position(begin, isa):
     """Across the carry of the counter's low word too. Counter words of a position: i // 4; lane: i % 4."""
-    count, seed, p = 77, 0xDEADBEEF_12345678, 0.4
-    position = torch.arange(begin, begin + count)
-    random = philox(position // 4, 0, seed).gather(1, (position % 4).unsqueeze(1)).squeeze(1)
-    x = torch.randn(count)
-    scale = torch.tensor(1 / (1 - p), dtype=torch.float64).float()
-    expected = torch.where(random >= int(p * 2**32 + 0.5), x * scale, 0.0)
-    assert torch.equal(_kernel_dropout(x, begin, p, seed), expected)
+    seed, p = 0xDEADBEEF_12345678, 0.4
+    for M, D in ((1, 77), (3, 5), (2, 32), (5, 289), (2, 1031)):
+        position = torch.arange(begin, begin + M * D)
+        random = philox(position // 4, 0, seed).gather(1, (position % 4).unsqueeze(1)).view(M, D)
+        got = _kernel_mask(begin, M, D, p, seed)
+        assert torch.equal(got[:, :D], random >= int(p * 2**32 + 0.5))
+        assert not got[:, D:].any()
+    assert not _kernel_mask(begin, 3, 70, 1.0, seed).any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 33), (130, 70), (5, 1101)])
@@ -362,7 +364,8 @@ def test_saves_the_input_s_and_parameters_alone():
         own = {t.data_ptr() for t in (x, weight, a, b)}
         assert own < {t.data_ptr() for t in saved}
         others = [t for t in saved if t.data_ptr() not in own]
-        assert sorted((t.dtype, tuple(t.shape)) for t in others if t.dim() == 2) == [(torch.float32, (50, 4))]  # S
+        kept = {(t.dtype, tuple(t.shape)) for t in others if t.dim() == 2}
+        assert kept == {(torch.float32, (50, 4)), (torch.int32, (50, 1))}  # S and a bit for each value of x
         assert sum(t.dim() != 2 for t in others) == 1  # the seed
         saved.clear()
         pf.ops.linear_lora(x, weight, bias, a.detach(), b, 1.0, 0.1)  # B alone wants S, and not x
@@ -435,13 +438,23 @@ def test_bad_input_of_the_flat_ops():
     backward = torch.ops.pyfastpeft.linear_lora_backward
     s = torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"grad_output has shape \(2, 4\), expected \[..., 3\]"):
-        backward(torch.ones(2, 4), x, s, weight, a, b, 1.0, 0.0, None, [True] * 5)
+        backward(torch.ones(2, 4), x, s, None, weight, a, b, 1.0, 0.0, None, [True] * 5)
     with pytest.raises(ValueError, match=r"x is torch.float32 \(3, 5\) on cpu, expected torch.float32 \(2, 5\)"):
-        backward(torch.ones(2, 3), torch.ones(3, 5), s, weight, a, b, 1.0, 0.0, None, [True] * 5)
+        backward(torch.ones(2, 3), torch.ones(3, 5), s, None, weight, a, b, 1.0, 0.0, None, [True] * 5)
     for wrong, got in ((None, "None"), (s[:1], r"torch.float32 \(1, 2\) on cpu"), (s.half(), "torch.float16")):
         with pytest.raises(ValueError, match=rf"s is {got}.*, expected torch.float32 \(2, 2\) on cpu"):
-            backward(torch.ones(2, 3), x, wrong, weight, a, b, 1.0, 0.0, None, [True] * 5)
+            backward(torch.ones(2, 3), x, wrong, None, weight, a, b, 1.0, 0.0, None, [True] * 5)
+    bits = torch.ones(2, 1, dtype=torch.int32)
+    for wrong, got in ((None, "None"), (bits[:1], r"torch.int32 \(1, 1\) on cpu"), (bits.long(), "torch.int64")):
+        with pytest.raises(ValueError, match=rf"mask is {got}.*, expected torch.int32 \(2, 1\) on cpu"):
+            backward(torch.ones(2, 3), x, s, wrong, weight, a, b, 1.0, 0.5, SEED, [True] * 5)
     with pytest.raises(ValueError, match="lora_shrink: a has 4 values, expected 2 x 5"):
-        _C.lora_shrink_cpu(x.data_ptr(), 10, 0, 2, 5, a.data_ptr(), 4, 2, 1.0, 0.0, 0, b.data_ptr(), 4)
+        _C.lora_shrink_cpu(x.data_ptr(), 10, 0, 2, 5, a.data_ptr(), 4, 5, 1, 2, 1.0, 0, 0, 0.0, b.data_ptr(), 4)
     with pytest.raises(ValueError, match="x has no memory"):
-        _C.lora_shrink_cpu(0, 10, 0, 2, 5, a.data_ptr(), 10, 2, 1.0, 0.0, 0, b.data_ptr(), 4)
+        _C.lora_shrink_cpu(0, 10, 0, 2, 5, a.data_ptr(), 10, 5, 1, 2, 1.0, 0, 0, 0.0, b.data_ptr(), 4)
+    with pytest.raises(ValueError, match="lora_shrink: mask has 1 values, expected 2 x 1"):
+        _C.lora_shrink_cpu(
+            x.data_ptr(), 10, 0, 2, 5, a.data_ptr(), 10, 5, 1, 2, 1.0, bits.data_ptr(), 1, 0.5, b.data_ptr(), 4
+        )
+    with pytest.raises(ValueError, match="lora_mask: mask has 3 values, expected 2 x 1"):
+        _C.lora_mask_cpu(0, 2, 5, 0.5, 1, bits.data_ptr(), 3)

@@ -11,7 +11,6 @@ namespace {
 template <typename V, typename T, typename F>
 void segmented_project(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kChunk = V::width == 1 ? 64 : kSegmentedColumns;  // short chains, as in segmented_shrink
-  const LoraDropout whole{0.0, 0};
   std::vector<float> panel(kLoraRows * kChunk), right(kSegmentedRanks * kChunk);
   std::vector<float> sums(kSegmentedRows * kSegmentedRanks);
   for (std::int64_t p = begin; p < end; ++p) {
@@ -28,8 +27,7 @@ void segmented_project(const SegmentedCpuArgs& args, std::int64_t begin, std::in
         for (std::int64_t i = 0; i < rows; ++i) {
           float* row = panel.data() + i * kChunk;
           std::fill(row + count, row + padded, 0.0f);
-          lora_load_panel<V>(static_cast<const T*>(args.dy), args.row(piece.position + m + i) * args.N + n, count,
-                             whole, row);
+          lora_load_panel<V>(static_cast<const T*>(args.dy), args.row(piece.position + m + i) * args.N + n, count, row);
         }
         float* to = sums.data() + m * kSegmentedRanks;
         if (rows == kLoraRows) {
@@ -51,7 +49,6 @@ void segmented_project(const SegmentedCpuArgs& args, std::int64_t begin, std::in
 // dX of some rows and columns. A is read in place where it is fp32 and no tail of a row is left.
 template <typename V, typename T, typename F>
 void segmented_spread(const SegmentedCpuArgs& args, std::int64_t begin, std::int64_t end) {
-  const LoraDropout whole{0.0, 0};
   std::vector<float> panel, out(kLoraRows * kSegmentedColumns);
   for (std::int64_t p = begin; p < end; ++p) {
     const SegmentedExpandPiece& piece = args.expand[p];
@@ -65,11 +62,11 @@ void segmented_spread(const SegmentedCpuArgs& args, std::int64_t begin, std::int
       if (padded == columns) right = a, stride = args.K;
     }
     if (right == nullptr) {
-      panel.resize(std::size_t(R * kSegmentedColumns));
+      if (const auto size = std::size_t(R * kSegmentedColumns); panel.size() < size) panel = std::vector<float>(size);
       for (std::int64_t r = 0; r < R; ++r) {
         float* row = panel.data() + r * kSegmentedColumns;
         std::fill(row + columns, row + padded, 0.0f);
-        lora_load_panel<V>(a, r * args.K, columns, whole, row);
+        lora_load_panel<V>(a, r * args.K, columns, row);
       }
       right = panel.data(), stride = kSegmentedColumns;
     }
@@ -100,7 +97,6 @@ void segmented_gather(const SegmentedCpuArgs& args, std::int64_t begin, std::int
   constexpr std::int64_t kWidth = kSegmentedGroup, kPanelRows = 128;  // 128 x 64 floats: 32 KiB
   constexpr int kVectors = V::width >= 16 ? 4 : 2;
   static_assert(kWidth % (kVectors * V::width) == 0);
-  const LoraDropout whole{0.0, 0};
   std::vector<float> panel(kWidth * kPanelRows), sums;
   for (std::int64_t p = begin; p < end; ++p) {
     const SegmentedGradientPiece& piece = args.gather[p];
@@ -118,7 +114,7 @@ void segmented_gather(const SegmentedCpuArgs& args, std::int64_t begin, std::int
       for (std::int64_t i = 0; i < rows; ++i) {
         float* row = panel.data() + i * kWidth;
         std::fill(row + width, row + kWidth, 0.0f);
-        lora_load_panel<V>(from, args.row(piece.position + m + i) * D + piece.column, width, whole, row);
+        lora_load_panel<V>(from, args.row(piece.position + m + i) * D + piece.column, width, row);
       }
       for (std::int64_t j = 0; factor && j < width; j += kVectors * V::width) {
         std::int64_t r = 0;

@@ -326,6 +326,32 @@ def test_mixed_batch_combination_relora_and_compile(tmp_path):
     torch.testing.assert_close(logits(again, "tied"), logits(model, "tied"), rtol=1e-5, atol=1e-6)
 
 
+def test_a_4_bit_model_generates_and_checkpoints(tmp_path):
+    """The tied head stays dense, beside 4-bit layers."""
+    model = pf.get_peft_model(pf.quantize_model(build("tied", dtype=torch.bfloat16)), config("tied"))
+    scatter(model, scale=0.05)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model.train()(**batch("tied")).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(gradients[1][name], expected) for name, expected in gradients[0].items())
+    ids = batch("tied")["input_ids"]
+    out = model.eval().generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=out[:, :-1]).logits.argmax(-1)[:, -3:], out[:, -3:])
+    expected = logits(model, "tied")
+    assert expected.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = pf.PeftModel.from_pretrained(pf.quantize_model(build("tied", dtype=torch.bfloat16)), tmp_path)
+    assert torch.equal(logits(again, "tied"), expected)
+    plain = model.merge_and_unload(dtype=torch.bfloat16)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert (logits(plain, "tied") - expected).norm() <= 0.05 * expected.norm()
+
+
 class Plain(nn.Module):
     """No transformers model: three users of one weight."""
 

@@ -327,8 +327,12 @@ def test_bf16_several_adapters_and_state():
     assert not torch.equal(second, expected)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert torch.equal(copy.deepcopy(model)(query, key)[0], second)
-    with pytest.raises(ValueError, match="whose adapters cannot be combined"):
-        model.base_model.add_weighted_adapter(["default", "b"], [1, 1], "c", "cat")
+    model.base_model.add_weighted_adapter(["default", "b"], [0.5, -2.0], "c", "cat")
+    layer = model.base_model.model.attn
+    for one, other, made in zip(*(layer.products(name) for name in ("default", "b", "c")), strict=True):
+        one, other, made = (s * b @ a for a, b, s in (one, other, made))
+        torch.testing.assert_close(made, 0.5 * one - 2 * other, rtol=1e-4, atol=1e-5)
+    model.delete_adapter("c")
     with pytest.raises(ValueError, match="attn is a LoraAttention"):
         merge_and_reinit(model)
     model.delete_adapter("b")

@@ -154,6 +154,16 @@ class LoraAttention(Beside):
             wide = torch.promote_types(self.base.weight_dtype, torch.float32)
             magnitude.copy_(_row_norms(self._whole(projection, name, self._weight(projection).to(wide))))
 
+    def products(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        pairs = ((self._held(each, part)[name].weight for part in ("lora_A", "lora_B")) for each in self.projections)
+        return [(*pair, self.scaling[name]) for pair in pairs]
+
+    @torch.no_grad()
+    def set_products(self, name: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for projection, (a, b) in zip(self.projections, pairs, strict=True):
+            self._held(projection, "lora_A")[name].weight.copy_(a)
+            self._held(projection, "lora_B")[name].weight.copy_(b)
+
     @torch.no_grad()
     def empty(self, name: str) -> None:
         for projection in self.projections:

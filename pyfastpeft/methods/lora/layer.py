@@ -239,6 +239,14 @@ class LoraLinear(MethodLayer):
         """Writes A [R, K] and B [N, R] into an adapter that is here."""
         self.lora_A[name].weight.copy_(a), self.lora_B[name].weight.copy_(b)
 
+    def products(self, name: str) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """factors() of every weight that the adapter changes here."""
+        return [self.factors(name)]
+
+    def set_products(self, name: str, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Writes the A and B of products() into an adapter that is here."""
+        self.set_factors(name, *pairs[0])
+
     def call_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """factors() for an op, whose scaling is a number: one that is a tensor (hotswap) is multiplied into B."""
         a, b, scaling = self.factors(name)

@@ -141,11 +141,6 @@ class LoraMethod(LayerMethod):
         if any(config.use_dora for config in configs):
             raise ValueError("add_weighted_adapter: DoRA adapters have no sum; merge_adapter() them one by one")
         layers = {p: m for each in adapters for p, m in self._layers(adapted.model, each).items()}
-        packed = [path for path, layer in layers.items() if isinstance(layer, LoraAttention)]
-        if packed:
-            raise ValueError(
-                f"add_weighted_adapter: {packed[0]} is a MultiheadAttention, whose adapters cannot be combined"
-            )
         # in the model's order, with each layer's own adapters
         held = {path: [each for each in adapters if each in layer.r] for path, layer in layers.items()}
         ranks = {path: [layers[path].r[each] for each in names] for path, names in held.items()}
@@ -163,8 +158,8 @@ class LoraMethod(LayerMethod):
         factors = {}
         for path, names in held.items():
             layer, own = layers[path], [weights[adapters.index(each)] for each in names]
-            parts = [layer.factors(each) for each in names]
-            factors[path] = combine_factors(parts, own, kind, rank, density, sign, clamp)
+            products = zip(*(layer.products(each) for each in names), strict=True)  # of each adapter the same ones
+            factors[path] = [combine_factors(list(p), own, kind, rank, density, sign, clamp) for p in products]
         config = dataclasses.replace(
             configs[0], r=rank, lora_alpha=rank, rank_pattern={}, alpha_pattern={}, use_rslora=False, bias="none",
             init_lora_weights=True, loftq_config={}, layers_to_transform=None, layers_pattern=None, exclude_modules=None,
@@ -172,12 +167,12 @@ class LoraMethod(LayerMethod):
             target_modules=set(layers), modules_to_save=adapted.peft_config[saved[0]].modules_to_save if saved else None,
             inference_mode=True,
         )  # fmt: skip
-        wide = next(iter(layers.values())).factors(held[next(iter(layers))][0])[0].dtype
+        wide = next(iter(layers.values())).products(held[next(iter(layers))][0])[0][0].dtype
         adapted.add_adapter(name, config, fp32=wide in (torch.float32, torch.float64), init=False)
         with torch.no_grad():
             for path, layer in self._layers(adapted.model, name).items():
                 if name not in layer.followed:
-                    layer.set_factors(name, *factors[path])
+                    layer.set_products(name, factors[path])
             for source, target in zip(_saved(adapted, saved[0]) if saved else (), _saved(adapted, name), strict=True):
                 target.copy_(source)
 

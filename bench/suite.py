@@ -22,7 +22,7 @@ SECTIONS = {
     "dequantise": ("bench_nf4_dequantize", "4-bit dequantisation, plain and nested"),
     "matmul": ("bench_linear_4bit", "the 4-bit linear layer over tokens, forward and backward"),
     "lora": ("bench_linear_lora", "a LoRA layer, dense and 4-bit, forward and backward"),
-    "mixed": ("bench_mixed_batch", "a batch whose samples have different LoRA adapters, decode and prefill"),
+    "mixed": ("bench_mixed_batch", "a batch whose samples have different LoRA adapters: decode, prefill, training"),
     "ia3": ("bench_ia3", "(IA)³ scaling, forward and backward"),
     "step": ("bench_training_step", "a whole training step of a Llama shape"),
     "methods": ("bench_methods", "every method beside its peer: parameters, file, memory and time of a step"),

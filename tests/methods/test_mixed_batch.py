@@ -257,3 +257,74 @@ def test_bad_input():
     llama = pf.get_peft_model(build("llama"), pf.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).eval()
     with pytest.raises(ValueError, match="puts virtual tokens before every sample"):
         llama(torch.zeros(1, HIDDEN, dtype=torch.long), adapter_names=["default"])
+
+
+class _Sees(torch.nn.Module):
+    """An embedding, convolutions of every kind of input, a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(20, 6)
+        self.line = torch.nn.Conv1d(6, 8, 3, padding=1)
+        self.plane = torch.nn.Conv2d(1, 4, 3, stride=2)
+        self.head = torch.nn.Linear(4, 5)
+
+    def forward(self, ids):
+        x = self.line(self.table(ids).transpose(1, 2))
+        return self.head(self.plane(x[:, None]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_embeddings_and_convolutions_as_peft_answers(quantised):
+    """Their samples' updates are PEFT's, rows of no adapter the base's, and gradients each adapter's own."""
+
+    def made(library):
+        names = ["first", "second"]
+        base = _Sees()
+        if quantised and library is pf:
+            base = pf.quantize_model(base)
+        model = None
+        for i, name in enumerate(names):
+            config = library.LoraConfig(r=2 + i, lora_alpha=3, target_modules=["table", "line", "plane", "head"])
+            if model is None:
+                model = library.get_peft_model(base, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+        _randomise(model)
+        return model.eval()
+
+    ours, theirs = made(pf), made(peft)
+    names = ["second", "__base__", "first", "second"]
+    ids = torch.randint(0, 20, (4, 12), generator=torch.Generator().manual_seed(1))
+    got = ours(ids, adapter_names=names)
+    with torch.no_grad():
+        if not quantised:
+            torch.testing.assert_close(got, theirs(ids, adapter_names=names), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got[1:2], _Sees()(ids[1:2]), atol=1e-5, rtol=1e-4)
+        else:
+            with ours.disable_adapter():
+                torch.testing.assert_close(got[1:2], ours(ids[1:2]), atol=1e-5, rtol=1e-4)
+            ours.set_adapter("first")
+            torch.testing.assert_close(got[2:3], ours(ids[2:3]), atol=1e-5, rtol=1e-4)
+    ours.set_requires_grad(["first", "second"])
+    ours(ids, adapter_names=names).square().sum().backward()
+    together = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
+    assert len(together) == 2 * 8
+    for name in ("first", "second"):
+        ours.zero_grad()
+        ours.set_adapter(name)
+        ours(ids[[i for i, other in enumerate(names) if other == name]]).square().sum().backward()
+        for key, parameter in ours.named_parameters():
+            if f".{name}" in key and key in together:
+                torch.testing.assert_close(parameter.grad, together[key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+@torch.no_grad()
+def test_wrong_names_and_lengths_in_generate():
+    model, inputs = _model("llama"), _inputs("llama")
+    with pytest.raises(ValueError, match=r"there are no adapters \['other'\]"):
+        model.generate(**inputs, adapter_names=["other"] * 5, max_new_tokens=2)
+    with pytest.raises(ValueError, match="adapter_names has 3 names and a layer got a batch of 10; expected 3 or 6"):
+        model.generate(**inputs, adapter_names=NAMES[:3], max_new_tokens=2, num_beams=2, pad_token_id=0)
+    assert all(holder.mixed is None for _, holder in model.base_model.holders())

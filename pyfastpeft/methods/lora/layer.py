@@ -254,8 +254,10 @@ class LoraLinear(MethodLayer):
 
     def forward_mixed(self, batch: MixedBatch, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The base's one product, and every adapter's update to its samples by one kernel; DoRA's by its samples apart."""
-        here = [name for name in batch.adapters if name in self.lora_A]
-        if any(name in self.lora_magnitude_vector for name in here):
+        # looked up once: with many adapters the modules' own look-ups take longer than the kernel
+        lora_a, lora_b = dict(self.lora_A.items()), dict(self.lora_B.items())
+        here = [name for name in batch.adapters if name in lora_a]
+        if self.lora_magnitude_vector and any(name in self.lora_magnitude_vector for name in here):
             return super().forward_mixed(batch, x, *args, **kwargs)
         order, starts = batch.segments(x)
         y = self.base_layer(x, *args, **kwargs)
@@ -265,25 +267,26 @@ class LoraLinear(MethodLayer):
             y = y.clone()
         a, b, biases, scalings = [], [], [], []
         for name in batch.adapters:
-            if name in self.lora_A:
-                factors, bias = self.call_factors(name), getattr(self.lora_B[name], "bias", None)
-                if bias is not None and factors[2] is not self.scaling[name]:  # B has been scaled
-                    bias = bias * self.scaling[name]
+            if name in lora_a:
+                own_a, own_b, scaling = self.factors(name)
+                bias = getattr(lora_b[name], "bias", None)
+                if isinstance(scaling, torch.Tensor):  # hotswap's: as in call_factors
+                    own_b, bias, scaling = own_b * scaling, None if bias is None else bias * scaling, 1.0
             else:  # rank 0: its samples keep the base's answer
-                factors = a_and_b_of_nothing(self.in_features, self.out_features, x.device)
+                own_a, own_b, scaling = a_and_b_of_nothing(self.in_features, self.out_features, x.device)
                 bias = None
-            for held, value in zip((a, b, scalings, biases), (*factors, bias), strict=True):
-                held.append(value)
-        x = self._drop_mixed(batch, x.to(y.dtype))
+            a.append(own_a), b.append(own_b), biases.append(bias), scalings.append(scaling)
+        x = self._drop_mixed(batch, here, x.to(y.dtype))
         return ops.segmented_lora(y, x, order, starts, a, b, biases, scalings)
 
-    def _drop_mixed(self, batch: MixedBatch, x: torch.Tensor) -> torch.Tensor:
+    def _drop_mixed(self, batch: MixedBatch, here: list[str], x: torch.Tensor) -> torch.Tensor:
         """dropout(x), each sample's with its adapter's probability."""
-        rates = {name: self._dropout_p(name) for name in batch.adapters if name in self.lora_A}
+        dropouts = dict(self.lora_dropout.items())
+        rates = {name: dropouts[name].p for name in here if dropouts[name].training}
         if not any(rates.values()):
             return x
-        if len(set(rates.values())) == 1:
-            return nn.functional.dropout(x, next(iter(rates.values())))
+        if len({rates.get(name, 0.0) for name in here}) == 1:
+            return nn.functional.dropout(x, rates[here[0]])
         repeats = batch.repeats(x)
         rate = torch.tensor([rates.get(name, 0.0) for name in batch.names for _ in range(repeats)], device=x.device)
         rate = rate.view(-1, *[1] * (x.dim() - 1))

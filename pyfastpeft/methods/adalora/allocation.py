@@ -6,6 +6,11 @@ After every optimizer step, with the gradients still there, for every entry w of
 
 A triplet i of a layer scores s(E_i) + mean_j s(A_ij) + mean_j s(B_ji). The budget's worth of best triplets of all layers
 together stays, the others' E is set to zero (A and B keep training, so that a triplet can come back).
+
+Where the paper and its authors' code differ, this is the code, as PEFT is: w is the value after the optimizer's step and ∂w the
+gradient before it (the paper takes both before it: then E = 0 scores nothing at the first step); the orthogonality penalty is a
+Frobenius norm, not its square; and the schedule's fraction is (t − tinit) / (T − tfinal − tinit), where the paper's
+equation prints t − tinit − tfinal above it, which would begin above the first budget.
 """
 
 from __future__ import annotations

@@ -26,6 +26,10 @@ class AdaLoraConfig(LoraConfig):
                        training (PEFT adds it in evaluation too)
     rank_pattern       {"<path>.lora_E": [kept or not, ...]}: what the allocation arrived at; written by it
 
+    The learning rate: E starts at 0, and Adam moves an entry by at most about its learning rate in a step, so after t steps
+    the update's singular values are below s · rate · t as long as the penalty holds A and B near orthonormal. LoRA's B has N · R
+    entries that each move as far. What is usual for LoRA leaves AdaLoRA far behind in a short run; begin with ten times that.
+
     The other fields are LoraConfig's; r, use_rslora and alpha_pattern count for nothing here, as in PEFT.
     """
 

@@ -41,13 +41,13 @@ from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
 # Up to this many rows of x the packed bytes are read directly; by instruction set, as csrc/common/cpu_isa.h names them.
 # Measured on Zen 4 at 4096 x 4096, one thread of a shared machine, milliseconds direct / tiles: avx512 bf16, direct /
-# panels, 33 rows 7.1 / 8.1, 40 rows 8.4 / 8.1; avx512 fp32 48 rows 20.0 / 21.3, 64 rows 26.2 / 26.0; avx2 fp32 32 rows 16.8
-# / 16.6; avx2 bf16 64 rows 37 / 41, 128 rows 157 / 139. The scalar kernel loses to torch's vectors from the start, but
-# holds no tile: it serves the fewest rows.
+# panels, 33 rows 7.1 / 8.1, 40 rows 8.4 / 8.1; avx512 fp32 128 rows 52.6 / 54.8, 192 rows 79.9 / 78.4 (fp16 alike); avx2 fp32
+# 64 rows 31.3 / 34.0, 96 rows 47.8 / 44.0; avx2 bf16 64 rows 31.3 / 32.4, 96 rows 47.3 / 44.2. The scalar kernel loses to
+# torch's vectors from the start, but holds no tile: it serves the fewest rows.
 _FEW_ROWS = {
     "scalar": {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8},
-    "avx2": {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64},
-    "avx512": {torch.float32: 48, torch.float16: 48, torch.bfloat16: 36},
+    "avx2": {torch.float32: 64, torch.float16: 64, torch.bfloat16: 64},
+    "avx512": {torch.float32: 128, torch.float16: 128, torch.bfloat16: 36},
 }
 # with AMX tokens cost a twentieth and decoding W stays: the cost model in csrc/nf4/nf4_matmul_cpu_amx.cpp puts the crossing
 # between 8 and 16 tokens

@@ -10,39 +10,28 @@ import pytest
 import torch
 from emu import backend, plugin
 from gpu_stand_in import StandIn
+from optim_cases import PAGE, PagedOnStandIn
 from torch import nn
 
 import pyfastpeft as pf
-from pyfastpeft.optim.device_pages import DevicePages
 
-PAGE = 65536
 SHAPES = [(300, 130), (7,), (60_000,), (4096,), (33, 100)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Paged(pf.optim.PagedAdamW):
-    """PagedAdamW for CPU tensors, as if they were the stand-in's: each launch is the stand-in's to run."""
+class Paged(PagedOnStandIn):
+    """Each launch is the stand-in's to run."""
 
-    def __init__(self, params, stand_in, resident, host, folder, **options):
-        self.stand_in, self.sizes, self.all_here = stand_in, (resident, host), True
-        super().__init__(params, spill_dir=folder, **options)
-
-    def _memory_for(self, device):
-        return DevicePages(self.stand_in, *self.sizes, self._spill_dir, page_bytes=PAGE, **self._on_device)
+    all_here = True
 
     def _launch(self, call, tables, pages, page_bytes, threads, options):
         as_it_is = copy.copy(call)  # addresses are passed by value
 
         def kernel():
             self.all_here &= all(self.stand_in.is_here(page, page_bytes) for page in pages)
-            super(Paged, self)._launch(as_it_is, tables, pages, page_bytes, 1, options)
+            super(PagedOnStandIn, self)._launch(as_it_is, tables, pages, page_bytes, 1, options)
 
         self.stand_in.give(kernel)
 

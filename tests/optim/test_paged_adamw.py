@@ -1,28 +1,22 @@
 """PagedAdamW does, bit for bit, what AdamW does: at every budget, whatever happens to parameters, state and disk."""
 
 import copy
-import errno
 import gc
 import json
 import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from optim_cases import assert_same, make_paged, make_params, take_step
 from torch import nn
 
 import pyfastpeft as pf
-from pyfastpeft._native import _C
 from pyfastpeft.optim.page_space import PagedState
 from pyfastpeft.paged_memory import SpillError
 
-SHAPES = [(300, 130), (7,), (20000,), (1,), (0,), (4096,), (33, 100), (256,), (513,)]
 KINDS = {
     "fp32": {},
     "8bit": {"state_bits": 8},
@@ -34,53 +28,7 @@ KINDS = {
 BUDGETS = [1, 200_000, 400_000, "1MB", None]  # from less than the minimum to everything
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits do not depend on the threads, and small tensors are quicker with one."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
-
-
-@pytest.fixture
-def faults():
-    yield _C.inject_spill_fault
-    _C.clear_spill_faults()
-
-
-def _params(dtype=torch.float32, shapes=SHAPES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
-
-
-def _paged(params, budget, folder, **options):
-    if budget == 1:
-        with pytest.warns(RuntimeWarning, match="less than the minimum working set; 131072 bytes are used"):
-            return pf.optim.PagedAdamW(params, resident_bytes=1, spill_dir=folder, **options)
-    return pf.optim.PagedAdamW(params, resident_bytes=budget, spill_dir=folder, **options)
-
-
-def _same(a, b, optimizer_a, optimizer_b):
-    for i, (p, q) in enumerate(zip(a, b, strict=True)):
-        assert torch.equal(p, q), f"parameter {i}"
-        state, paged = optimizer_a.state[p], optimizer_b.state[q]
-        if not state:
-            assert not paged
-            continue
-        values = paged.read()
-        assert set(values) == set(state) == set(paged)
-        for key in state:
-            assert torch.equal(state[key], values[key]) and state[key].dtype == values[key].dtype, (i, key)
-
-
-def _step(params, optimizer, t, skip=(), scale=1.0):
-    generator = torch.Generator().manual_seed(1000 + t)
-    for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator).to(p.dtype) * scale
-        p.grad = None if i in skip else grad
-    torch.manual_seed(t)  # stochastic rounding draws from it
-    optimizer.step()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -89,15 +37,15 @@ def test_same_bits_at_every_budget(tmp_path, kind, budget):
     torch.set_num_threads(2 if budget == 400_000 else 1)
     options = dict(KINDS[kind])
     dtype = options.pop("dtype", torch.float32)
-    a, b = _params(dtype), _params(dtype)
+    a, b = make_params(dtype), make_params(dtype)
     plain = pf.optim.AdamW(a, lr=1e-2, **options)
-    paged = _paged(b, budget, tmp_path, lr=1e-2, **options)
+    paged = make_paged(b, budget, tmp_path, lr=1e-2, **options)
     for t in range(40):
         skip = {t % 9, 2} if t % 5 == 3 else ()
-        _step(a, plain, t, skip)
-        _step(b, paged, t, skip)
+        take_step(a, plain, t, skip)
+        take_step(b, paged, t, skip)
     report = paged.memory_report()
-    _same(a, b, plain, paged)
+    assert_same(a, b, plain, paged)
     assert report["resident_bytes"] + report["host_bytes"] + report["spilled_bytes"] == report["state_bytes"]
     assert report["peak_resident_bytes"] <= report["budget_bytes"]
     if isinstance(budget, int):
@@ -107,7 +55,7 @@ def test_same_bits_at_every_budget(tmp_path, kind, budget):
 
 
 def test_hundreds_of_steps_with_parameters_added_frozen_and_removed(tmp_path):
-    a, b = _params(), _params()
+    a, b = make_params(), make_params()
     plain = pf.optim.AdamW(a, lr=1e-2)
     paged = pf.optim.PagedAdamW(b, lr=1e-2, resident_bytes=200_000, spill_dir=tmp_path)
     both = ((a, plain), (b, paged))
@@ -115,7 +63,7 @@ def test_hundreds_of_steps_with_parameters_added_frozen_and_removed(tmp_path):
     for t in range(300):
         if t == 50:
             for params, optimizer in both:
-                new = _params(shapes=[(100, 200), (5,)], seed=7)
+                new = make_params(shapes=[(100, 200), (5,)], seed=7)
                 params += new
                 optimizer.add_param_group({"params": new, "lr": 3e-3, "weight_decay": 0.0})
         if t == 100:
@@ -131,29 +79,29 @@ def test_hundreds_of_steps_with_parameters_added_frozen_and_removed(tmp_path):
                     del optimizer.state[p]
         for params, optimizer in both:
             optimizer.param_groups[0]["lr"] = 1e-2 / (1 + t / 100)
-            _step(params, optimizer, t, frozen)
+            take_step(params, optimizer, t, frozen)
         if t % 60 == 0:
-            _same(a, b, plain, paged)
-    _same(a, b, plain, paged)
+            assert_same(a, b, plain, paged)
+    assert_same(a, b, plain, paged)
 
 
 def test_state_that_is_gone_leaves_its_pages(tmp_path):
-    params = _params(shapes=[(40_000,)] * 6)
+    params = make_params(shapes=[(40_000,)] * 6)
     paged = pf.optim.PagedAdamW(params, resident_bytes=200_000, spill_dir=tmp_path)
-    _step(params, paged, 0)
+    take_step(params, paged, 0)
     before = paged.memory_report()
     for p in params[:5]:
         del paged.state[p]
     paged.param_groups[0]["params"] = params[5:]
-    _step(params[5:], paged, 1)
+    take_step(params[5:], paged, 1)
     after = paged.memory_report()
     assert after["state_bytes"] == before["state_bytes"] // 6 and after["pages"] == before["pages"]
-    more = _params(shapes=[(40_000,)] * 4, seed=3)
+    more = make_params(shapes=[(40_000,)] * 4, seed=3)
     paged.add_param_group({"params": more})
     for t in range(2, 5):
-        _step(params[5:] + more, paged, t)
+        take_step(params[5:] + more, paged, t)
     assert paged.memory_report()["pages"] == before["pages"], "pages that are free are used again"
-    fresh = _params(shapes=[(40_000,)] * 4, seed=3)
+    fresh = make_params(shapes=[(40_000,)] * 4, seed=3)
     plain = pf.optim.AdamW(fresh)
     for t in range(2, 5):
         generator = torch.Generator().manual_seed(1000 + t)
@@ -161,13 +109,13 @@ def test_state_that_is_gone_leaves_its_pages(tmp_path):
         for p in fresh:
             p.grad = torch.randn(p.shape, generator=generator)
         plain.step()
-    _same(fresh, more, plain, paged)
+    assert_same(fresh, more, plain, paged)
 
 
 def test_small_tensors_share_pages(tmp_path):
-    params = _params(shapes=[(16, 16)] * 500)
+    params = make_params(shapes=[(16, 16)] * 500)
     paged = pf.optim.PagedAdamW(params, resident_bytes="256KiB", spill_dir=tmp_path)
-    _step(params, paged, 0)
+    take_step(params, paged, 0)
     report = paged.memory_report()
     assert report["state_bytes"] == 500 * (8 * 256 + 4) and report["pages"] <= 1.1 * report["state_bytes"] / 65536
     assert report["spilled_bytes"] > 0
@@ -190,12 +138,12 @@ def test_layouts_other_than_contiguous(tmp_path):
             for p in params:  # contiguous: not the parameter's own layout
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
-    _same(a, b, plain, paged)
+    assert_same(a, b, plain, paged)
     assert paged.state[b[0]]["exp_avg"].stride() == b[0].stride()
 
 
 def test_schedulers_scaler_closures_and_versions(tmp_path):
-    a, b = _params(), _params()
+    a, b = make_params(), make_params()
     runs = []
     for params, cls, options in ((a, pf.optim.AdamW, {}), (b, pf.optim.PagedAdamW, {"resident_bytes": 200_000})):
         optimizer = cls([{"params": params[:3], "lr": 1e-2}, {"params": params[3:]}], weight_decay=0.1, **options)
@@ -223,7 +171,7 @@ def test_schedulers_scaler_closures_and_versions(tmp_path):
         assert params[0]._version > version
         runs.append((optimizer, scaler.get_scale(), optimizer.param_groups[0]["lr"]))
     assert runs[0][1:] == runs[1][1:]
-    _same(a, b, runs[0][0], runs[1][0])
+    assert_same(a, b, runs[0][0], runs[1][0])
     used = params[0] * params[0]
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -232,12 +180,12 @@ def test_schedulers_scaler_closures_and_versions(tmp_path):
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_state_dicts_go_between_budgets_and_optimizers(tmp_path, bits):
-    a, b = _params(), _params()
+    a, b = make_params(), make_params()
     plain = pf.optim.AdamW(a, lr=1e-2, state_bits=bits)
     paged = pf.optim.PagedAdamW(b, lr=1e-2, state_bits=bits, resident_bytes=200_000, spill_dir=tmp_path)
     for t in range(10):
-        _step(a, plain, t)
-        _step(b, paged, t)
+        take_step(a, plain, t)
+        take_step(b, paged, t)
     file = tmp_path / "state.pt"
     torch.save(paged.state_dict(), file)
     saved = torch.load(file, weights_only=True)
@@ -251,7 +199,7 @@ def test_state_dicts_go_between_budgets_and_optimizers(tmp_path, bits):
     others = []
     for budget in (1, 150_000, None):
         params = copy.deepcopy(b)
-        other = _paged(params, budget, tmp_path, lr=1.0, state_bits=bits)
+        other = make_paged(params, budget, tmp_path, lr=1.0, state_bits=bits)
         other.load_state_dict(saved)
         others.append((params, other))
     c = copy.deepcopy(b)
@@ -260,23 +208,23 @@ def test_state_dicts_go_between_budgets_and_optimizers(tmp_path, bits):
     paged.load_state_dict(saved)  # over its own state: in the same pages
     others += [(c, unpaged), (b, paged)]
     for t in range(10, 15):
-        _step(a, plain, t)
+        take_step(a, plain, t)
         for params, optimizer in others:
-            _step(params, optimizer, t)
+            take_step(params, optimizer, t)
     for params, optimizer in others:
         if optimizer is not unpaged:
-            _same(a, params, plain, optimizer)
+            assert_same(a, params, plain, optimizer)
         assert all(torch.equal(p, q) for p, q in zip(a, params, strict=True))
     assert paged.memory_report()["peak_resident_bytes"] <= paged.memory_report()["budget_bytes"]
 
 
 def test_a_state_larger_than_memory_can_be_saved(tmp_path):
     """Its copies are files without a name: the system may drop their pages, which it could not do with a heap's."""
-    a, b = _params(shapes=[(600_000,), (1000, 500)]), _params(shapes=[(600_000,), (1000, 500)])
+    a, b = make_params(shapes=[(600_000,), (1000, 500)]), make_params(shapes=[(600_000,), (1000, 500)])
     plain = pf.optim.AdamW(a)
     paged = pf.optim.PagedAdamW(b, resident_bytes="1MB", spill_dir=tmp_path)
     for params, optimizer in ((a, plain), (b, paged)):
-        _step(params, optimizer, 0)
+        take_step(params, optimizer, 0)
     saved = paged.state_dict()
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert len(mapped) == 4 and os.listdir(tmp_path) == []
@@ -289,15 +237,15 @@ def test_a_state_larger_than_memory_can_be_saved(tmp_path):
     gc.collect()  # torch 2.6's load leaves a cycle behind
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     for params, optimizer in ((a, plain), (b, paged)):
-        _step(params, optimizer, 1)
-    _same(a, b, plain, paged)
+        take_step(params, optimizer, 1)
+    assert_same(a, b, plain, paged)
 
 
 def test_the_process_grows_by_the_budget_and_not_by_the_state(tmp_path):
     def anonymous():
         return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) << 10
 
-    params = _params(shapes=[(2_000_000,)] * 4)
+    params = make_params(shapes=[(2_000_000,)] * 4)
     paged = pf.optim.PagedAdamW(params, resident_bytes="4MiB", spill_dir=tmp_path)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -311,17 +259,17 @@ def test_the_process_grows_by_the_budget_and_not_by_the_state(tmp_path):
 
 
 def test_interchange_with_torch(tmp_path):
-    a, b, c = _params(), _params(), _params()
+    a, b, c = make_params(), make_params(), make_params()
     theirs = torch.optim.AdamW(a, lr=1e-2, foreach=False)
     for t in range(5):
-        _step(a, theirs, t)
+        take_step(a, theirs, t)
     for p, q in zip(a, b, strict=True):
         q.data.copy_(p.data)
     paged = pf.optim.PagedAdamW(b, resident_bytes=200_000, spill_dir=tmp_path)
     paged.load_state_dict(theirs.state_dict())
     for t in range(5, 10):
-        _step(a, theirs, t)
-        _step(b, paged, t)
+        take_step(a, theirs, t)
+        take_step(b, paged, t)
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
         assert torch.equal(theirs.state[p]["exp_avg"], paged.state[q]["exp_avg"])
@@ -333,23 +281,23 @@ def test_interchange_with_torch(tmp_path):
 
 
 def test_a_state_of_another_precision_is_converted(tmp_path):
-    a = _params()
+    a = make_params()
     plain = pf.optim.AdamW(a)
-    _step(a, plain, 0)
+    take_step(a, plain, 0)
     b = copy.deepcopy(a)
     paged = pf.optim.PagedAdamW(b, state_bits=8, resident_bytes=150_000, spill_dir=tmp_path)
     paged.load_state_dict(plain.state_dict())
     expected = pf.optim.AdamW(a, state_bits=8)
     expected.load_state_dict(plain.state_dict())
-    _step(a, expected, 1)
-    _step(b, paged, 1)
-    _same(a, b, expected, paged)
+    take_step(a, expected, 1)
+    take_step(b, paged, 1)
+    assert_same(a, b, expected, paged)
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing(tmp_path):
-    params = _params()
+    params = make_params()
     paged = pf.optim.PagedAdamW(params, resident_bytes=200_000, spill_dir=tmp_path)
-    _step(params, paged, 0)
+    take_step(params, paged, 0)
     saved = paged.state_dict()
     saved["state"][5]["exp_avg"] = torch.zeros(3)
     before, bytes_before = paged.state_dict(), paged.memory_report()["state_bytes"]
@@ -364,29 +312,29 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(tmp_path):
 def test_copies_and_pickles_have_pages_of_their_own(tmp_path):
     model = nn.Linear(300, 200)
     paged = pf.optim.PagedAdamW(model.parameters(), resident_bytes=150_000, spill_dir=tmp_path)
-    _step(list(model.parameters()), paged, 0)
+    take_step(list(model.parameters()), paged, 0)
     for other_model, other in (copy.deepcopy((model, paged)), pickle.loads(pickle.dumps((model, paged)))):
         mine, theirs = list(copy.deepcopy(model).parameters()), list(other_model.parameters())
         reference = pf.optim.AdamW(mine)
         reference.load_state_dict(paged.state_dict())
         for t in range(1, 4):
-            _step(theirs, other, t)
-            _step(mine, reference, t)
-        _same(mine, theirs, reference, other)
+            take_step(theirs, other, t)
+            take_step(mine, reference, t)
+        assert_same(mine, theirs, reference, other)
         assert other.memory_report()["budget_bytes"] == paged.memory_report()["budget_bytes"]
         assert other.pages is not paged.pages
 
 
 def test_state_reads_and_writes_as_a_mapping(tmp_path):
-    params = _params(shapes=[(50_000,), (10,)])
+    params = make_params(shapes=[(50_000,), (10,)])
     paged = pf.optim.PagedAdamW(params, resident_bytes=150_000, spill_dir=tmp_path)
     assert not paged.state[params[0]]
-    _step(params, paged, 0)
+    take_step(params, paged, 0)
     state = paged.state[params[0]]
     state["exp_avg"] = torch.arange(50_000.0)
     assert torch.equal(state["exp_avg"], torch.arange(50_000.0)) and state["step"].item() == 1
     state["step"] = torch.tensor(5.0)
-    _step(params, paged, 1)
+    take_step(params, paged, 1)
     assert state["step"].item() == 6 and "exp_avg" in state and "nothing" not in state and len(state) == 3
     with pytest.raises(KeyError, match="others cannot be added"):
         state["more"] = torch.zeros(1)
@@ -398,76 +346,8 @@ def test_state_reads_and_writes_as_a_mapping(tmp_path):
         del state["exp_avg"]
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("op", ["read", "write"])
-def test_a_step_cut_by_the_disk_goes_on(tmp_path, faults, op):
-    a, b = _params(), _params()
-    plain, paged = pf.optim.AdamW(a), pf.optim.PagedAdamW(b, resident_bytes=150_000, spill_dir=tmp_path)
-    for t in range(3):
-        _step(a, plain, t)
-        _step(b, paged, t)
-    _step(a, plain, 3)
-    faults(op, errno.EIO, after=5, times=-1)
-    with pytest.raises(SpillError) as raised:
-        _step(b, paged, 3)
-    assert raised.value.errno == errno.EIO
-    with pytest.raises(SpillError):
-        paged.step()
-    assert paged._done, "it stood between two pages"
-    _C.clear_spill_faults()
-    paged.step()
-    _step(a, plain, 4)
-    _step(b, paged, 4)
-    _same(a, b, plain, paged)
-
-
-def test_parameters_that_come_between_a_step_and_its_rest_are_stepped(tmp_path):
-    params = _params(shapes=[(100,), (50,)])
-    paged = pf.optim.PagedAdamW(params[:1], resident_bytes=150_000, spill_dir=tmp_path)
-    _step(params[:1], paged, 0)
-    (space,) = paged._spaces.values()
-    paged._done.add((space, 0))  # as a failure after the first page leaves it
-    paged.add_param_group({"params": params[1:]})
-    _step(params, paged, 1)
-    assert [int(paged.state[p]["step"]) for p in params] == [1, 1], "the second is on a page of its own"
-
-
-def test_a_full_disk_at_the_first_step_changes_nothing(tmp_path, faults):
-    a, b = _params(), _params()
-    plain, paged = pf.optim.AdamW(a), pf.optim.PagedAdamW(b, resident_bytes=150_000, spill_dir=tmp_path)
-    before = [p.detach().clone() for p in b]
-    faults("allocate", errno.ENOSPC)
-    with pytest.raises(SpillError, match="choose another folder with spill_dir=, or raise resident_bytes=") as raised:
-        _step(b, paged, 0)
-    assert raised.value.errno == errno.ENOSPC
-    assert all(torch.equal(p, q) for p, q in zip(b, before, strict=True)) and not any(paged.state.values())
-    for t in range(3):
-        _step(a, plain, t)
-        _step(b, paged, t)
-    _same(a, b, plain, paged)
-
-
-def test_a_full_disk_for_new_parameters_leaves_the_old_ones(tmp_path, faults):
-    params = _params()
-    paged = pf.optim.PagedAdamW(params, resident_bytes=150_000, spill_dir=tmp_path)
-    _step(params, paged, 0)
-    before = paged.state_dict()
-    more = _params(shapes=[(100_000,)])
-    paged.add_param_group({"params": more})
-    faults("allocate", errno.ENOSPC)
-    with pytest.raises(SpillError):
-        _step(params + more, paged, 1)
-    after = paged.state_dict()
-    assert after["state"].keys() == before["state"].keys()
-    assert all(torch.equal(v, after["state"][k][n]) for k, s in before["state"].items() for n, v in s.items())
-    _step(params + more, paged, 1)
-    assert paged.state[more[0]]["step"].item() == 1 and paged.state[params[0]]["step"].item() == 2
-
-
 def test_unusable_options(tmp_path):
-    params = _params()
+    params = make_params()
     with pytest.raises(SpillError, match="no such folder"):
         pf.optim.PagedAdamW(params, spill_dir=tmp_path / "none")
     with pytest.raises(ValueError, match="2 apples"):
@@ -479,79 +359,29 @@ def test_unusable_options(tmp_path):
     with pytest.raises(ValueError, match="expected the CPU or a GPU"):
         pf.optim.PagedAdamW([elsewhere]).step()
     moved = pf.optim.PagedAdamW(params, spill_dir=tmp_path)
-    _step(params, moved, 0)
+    take_step(params, moved, 0)
     moved.state[params[0]].device = torch.device("cuda", 0)  # as if the model had been moved since
     moved._plans.clear()
     with pytest.raises(ValueError, match="move the model first"):
-        _step(params, moved, 1)
+        take_step(params, moved, 1)
     sparse = nn.Embedding(5, 3, sparse=True)
     sparse(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         pf.optim.PagedAdamW(sparse.parameters()).step()
 
 
-def test_kill_9_during_a_step_leaves_the_checkpoint_and_no_litter(tmp_path):
-    spill = tmp_path / "spill"
-    spill.mkdir()
-    script = f"""
-    import os, signal, threading, torch, pyfastpeft as pf
-    torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(200_000)) for _ in range(4)]
-    paged = pf.optim.PagedAdamW(params, resident_bytes=400_000, spill_dir={str(spill)!r})
-    for t in range(10_000):
-        for p in params:
-            p.grad = p.detach() * 0.1
-        if t == 3:
-            torch.save({{"state": paged.state_dict(), "params": [p.detach() for p in params]}}, "checkpoint.tmp")
-            os.replace("checkpoint.tmp", "checkpoint.pt")
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        paged.step()
-    """
-    root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}
-    )
-    assert done.returncode == -signal.SIGKILL
-    assert os.listdir(spill) == [] and sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "spill"]
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    params = [nn.Parameter(p) for p in saved["params"]]
-    paged = pf.optim.PagedAdamW(params, resident_bytes=400_000, spill_dir=spill)
-    paged.load_state_dict(saved["state"])
-    assert paged.state[params[3]]["step"].item() == 3
-    for p in params:
-        p.grad = p.detach() * 0.1
-    paged.step()
-
-
-def test_a_forked_child_gets_an_error(tmp_path):
-    params = _params()
-    paged = pf.optim.PagedAdamW(params, resident_bytes=150_000, spill_dir=tmp_path)
-    _step(params, paged, 0)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            paged.step()
-        except RuntimeError as error:
-            code = 0 if "after the fork" in str(error) else 2
-        paged.state.clear()  # lets go of its copies in peace
-        os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    _step(params, paged, 1)
-
-
 # ---- what one can look at --------------------------------------------------------------------------------------------
 
 
 def test_the_trace_shows_moves_beside_computation(tmp_path):
-    params = _params(shapes=[(100_000,)] * 4)
+    params = make_params(shapes=[(100_000,)] * 4)
     paged = pf.optim.PagedAdamW(params, resident_bytes=400_000, spill_dir=tmp_path)
     for t in range(3):
-        _step(params, paged, t)
+        take_step(params, paged, t)
     file = tmp_path / "trace.json"
     before = paged.memory_report()
     with paged.trace(file):
-        _step(params, paged, 3)
+        take_step(params, paged, 3)
         after = paged.memory_report()
     events = json.loads(file.read_text())["traceEvents"]
     spans = [e for e in events if e["ph"] == "X"]
@@ -564,5 +394,5 @@ def test_the_trace_shows_moves_beside_computation(tmp_path):
 
 
 def test_report_before_the_first_step():
-    report = pf.optim.PagedAdamW(_params(), resident_bytes="1MB").memory_report()
+    report = pf.optim.PagedAdamW(make_params(), resident_bytes="1MB").memory_report()
     assert report["state_bytes"] == report["resident_bytes"] == 0 and report["budget_bytes"] == 1_000_000

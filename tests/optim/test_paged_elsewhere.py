@@ -5,34 +5,15 @@ import statistics
 
 import pytest
 import torch
-from gpu_stand_in import StandIn
+from optim_cases import PagedOnStandIn
 from torch import nn
 
 import pyfastpeft as pf
-from pyfastpeft.optim.device_pages import DevicePages
 
-PAGE = 65536
 SHAPES = [(300, 130), (7,), (60_000,), (4096,), (33, 100)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
-
-
-class OnStandIn(pf.optim.PagedAdamW):
-    """Its pages are a stand-in's own, its host's and the disk's; the stand-in runs each launch at once."""
-
-    def _memory_for(self, device):
-        return DevicePages(StandIn(), 2 * PAGE, 3 * PAGE, self._spill_dir, page_bytes=PAGE, **self._on_device)
-
-    def _launch(self, *args):
-        for space in self._spaces.values():
-            space.memory.device.run()
-        super()._launch(*args)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _params(dtype=torch.float32):
@@ -58,7 +39,7 @@ def test_other_device_counts_and_budgets(tmp_path, bits):
     options = {"lr": 1e-2, "state_bits": bits}
     reference, params = _params(), _params()
     plain = pf.optim.AdamW(reference, **options)
-    one = OnStandIn(params, spill_dir=tmp_path, **options)
+    one = PagedOnStandIn(params, folder=tmp_path, **options)
     for t in range(3):
         _set_grads(reference, t)
         _set_grads(params, t)
@@ -67,7 +48,7 @@ def test_other_device_counts_and_budgets(tmp_path, bits):
     saved = one.state_dict()
     shares = [0, 2, 3], [1, 4]
     two = [
-        OnStandIn([params[i] for i in share], spill_dir=tmp_path, transfer=transfer, **options)
+        PagedOnStandIn([params[i] for i in share], folder=tmp_path, transfer=transfer, **options)
         for share, transfer in zip(shares, ("copied", "in_place"), strict=True)
     ]
     for share, optimizer in zip(shares, two, strict=True):

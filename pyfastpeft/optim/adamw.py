@@ -190,17 +190,18 @@ class AdamW(LoadsStates, Steps, torch.optim.Optimizer):
                 f"AdamW: a parameter of shape {tuple(p.shape)} has strides {p.stride()}, which leave gaps or overlap; "
                 "make it contiguous: nn.Parameter(p.contiguous())"
             )
-        state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+        small = self._small_states
+        state = {"step": small.step(p.device)}
         if self._is_8bit(p, group):
             blocks = -(p.numel() // -BLOCK)
             maps = standard_maps(p.device)
             for i in (1, 2):
-                state[f"state{i}"] = torch.zeros_like(p, dtype=torch.uint8)
+                state[f"state{i}"] = small.zeros_like(p, torch.uint8)
                 state[f"absmax{i}"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
                 state[f"qmap{i}"] = maps[i - 1]
         else:
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg"] = small.zeros_like(p, torch.float32)
+            state["exp_avg_sq"] = small.zeros_like(p, torch.float32)
         if self._has_master(p, group):
             state["master"] = p.detach().to(torch.float32, copy=True)
         return state

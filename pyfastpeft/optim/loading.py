@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from pyfastpeft.optim.small_states import SmallStates
+
 
 class LoadsStates:
     """Beside a torch.optim.Optimizer in the bases of a class, which has
@@ -18,6 +20,10 @@ class LoadsStates:
     """
 
     _own_options: tuple[str, ...] = ()
+
+    @property
+    def _small_states(self) -> SmallStates:
+        return self.__dict__.setdefault("_small", SmallStates())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -57,7 +63,7 @@ class LoadsStates:
         """The new `state` from (parameter, its group, key in the state dict, what was saved)."""
         state: dict[Any, Any] = defaultdict(dict)
         for p, group, key, value in saved:
-            state[p] = self._converted(p, group, key, value)
+            state[p] = self._small_states.placed(p, self._converted(p, group, key, value))
         return state
 
     def memory_report(self) -> dict[str, int | float | None]:

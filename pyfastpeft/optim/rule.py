@@ -7,6 +7,7 @@ multiply-add behind `alpha=`): then paged and unpaged steps give the same bits.
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -140,8 +141,9 @@ class Rule(LoadsStates, Steps, torch.optim.Optimizer):
                 continue
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros(())
-                state.update({key: torch.zeros_like(p, dtype=torch.float32) for key in self.state_keys})
+                small = self._small_states
+                state["step"] = small.step(torch.device("cpu"))
+                state.update({key: small.zeros_like(p, torch.float32) for key in self.state_keys})
             grad = _like_parameter(p, p.grad)
             if listened or not call.takes(p, grad, state):
                 others.append((p, grad, state))
@@ -213,7 +215,21 @@ class _RuleCall(Call):
 
 
 class PagedRule(PagedOptimizer):
-    """Put before a Rule in the bases of a class: the same optimizer with its state in pages, on the CPU."""
+    """Put before a Rule in the bases of a class: the same optimizer with its state in pages, on the CPU.
+
+    resident_bytes, spill_dir   as PagedAdamW's; the others are the Rule's
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        resident_bytes: int | str | None = None,
+        spill_dir: str | os.PathLike | None = None,
+        **options: Any,
+    ) -> None:
+        self._open_pages(resident_bytes, spill_dir)
+        super().__init__(params, *args, **options)
 
     def _memory_for(self, device: torch.device) -> PagedMemory | DevicePages:
         if device.type != "cpu":

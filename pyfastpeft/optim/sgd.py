@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,14 +74,3 @@ class SGD(Rule):
 
 class PagedSGD(PagedRule, SGD):
     """SGD with its state in pages; resident_bytes and spill_dir as PagedAdamW's, on the CPU. Bits are SGD's."""
-
-    def __init__(
-        self,
-        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
-        *args: Any,
-        resident_bytes: int | str | None = None,
-        spill_dir: str | os.PathLike | None = None,
-        **options: Any,
-    ) -> None:
-        self._open_pages(resident_bytes, spill_dir)
-        super().__init__(params, *args, **options)

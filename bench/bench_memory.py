@@ -14,6 +14,10 @@ import pyfastpeft
 
 from .models import BATCH, LAYERS, MODELS, TOKENS
 
+# with few tokens, so that gradients, not activations, are what the peak consists of beside the state
+FEW = {"batch": 1, "tokens": 64}
+OURS_FULL = {"gradients released in backward": True, "step() after backward": False}
+
 
 def run(suite) -> None:
     if not Path("/proc/self/clear_refs").exists():
@@ -27,6 +31,9 @@ def run(suite) -> None:
             continue
         values[name] = None if absent.intersection(needs) else peak_of(name, layers)
     suite.value(f"peak above the start, {layers} layers, {BATCH}x{TOKENS} tokens", values, "MB", layers=layers)
+
+    values = {name: peak_of(name, layers) for name in OURS_FULL}
+    suite.value(f"full fine-tuning, our AdamW, {layers} layers, 1x64 tokens", values, "MB", layers=layers)
 
 
 def peak_of(name: str, layers: int) -> float:
@@ -63,17 +70,21 @@ def _status(field: str) -> int:
 def child(name: str, layers: int) -> None:
     from .models import MODELS
 
-    print(peak_here(MODELS[name][0], layers))
+    build = MODELS["full fine-tuning" if name in OURS_FULL else name][0]
+    print(peak_here(build, layers, OURS_FULL.get(name)))
 
 
-def peak_here(build, layers: int) -> float:
+def peak_here(build, layers: int, in_backward: bool | None = None) -> float:
     """Megabytes of this process: the peak of a training step of build(layers), above what it held before that."""
     from .models import collect, training_step
 
-    training_step(build(1), tokens=16)()  # imports, thread pools and code paths, before the mark is set
+    training_step(
+        build(1), tokens=16, in_backward=in_backward
+    )()  # imports, thread pools and code paths, before the mark is set
     collect()
     before = _status("VmRSS")
-    step = training_step(build(layers))
+    few = FEW if in_backward is not None else {}
+    step = training_step(build(layers), in_backward=in_backward, **few)
     collect()
     Path("/proc/self/clear_refs").write_text(
         "5"

@@ -101,16 +101,23 @@ MODELS: dict[str, tuple[Callable[[int], torch.nn.Module], tuple[str, ...]]] = {
 }
 
 
-def training_step(model: torch.nn.Module, batch: int = BATCH, tokens: int = TOKENS) -> Callable[[], float]:
-    """Forward, loss, backward and the optimizer's step where anything trains; returns the loss."""
+def training_step(
+    model: torch.nn.Module, batch: int = BATCH, tokens: int = TOKENS, in_backward: bool | None = None
+) -> Callable[[], float]:
+    """Forward, loss, backward and the optimizer's step where anything trains; returns the loss.
+
+    in_backward  our AdamW for any model, stepping after backward (False) or inside it
+    """
     import pyfastpeft as pf
 
     model.train()
     ids = torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    ours = isinstance(model, pf.PeftModel)
+    ours = isinstance(model, pf.PeftModel) or in_backward is not None
     build = pf.optim.AdamW if ours else (lambda ps: torch.optim.AdamW(ps, fused=True))
     optimizer = build(trainable) if trainable else None
+    if in_backward:
+        optimizer.step_in_backward()
 
     def step() -> float:
         loss = model(input_ids=ids, labels=ids).loss

@@ -71,6 +71,7 @@ class LayerMethod(Method):
         self.check_targets(config, targets, strict)
         _note_storage(config, targets)
         self.note_ties(model, config, targets)
+        _note_fast_path(model, targets)
         for path, module in targets.items():
             self.check_layer(path, bare_layer(module), config)
         layers = []
@@ -98,6 +99,21 @@ class LayerMethod(Method):
                     f"{path} has an adapter of another method already ({type(module).__name__}); a layer holds adapters "
                     f"of one method: take it out of target_modules, or delete_adapter() the others first"
                 )
+
+
+def _note_fast_path(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Warns where torch's own encoder layer reads the weights of a target past it (an adapted self_attn keeps it from that)."""
+    chosen = {id(module) for module in targets.values()}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, nn.TransformerEncoderLayer) or id(layer.self_attn) in chosen:
+            continue
+        names = [name for name in ("linear1", "linear2") if id(getattr(layer, name)) in chosen]
+        if names and torch.backends.mha.get_fastpath_enabled():
+            warnings.warn(
+                f"{path or 'the model'} is an nn.TransformerEncoderLayer, whose fast path in eval mode reads the weight of "
+                f"{' and '.join(names)} past the adapter; call torch.backends.mha.set_fastpath_enabled(False), or merge",
+                stacklevel=4,
+            )
 
 
 def _note_storage(config: PeftConfig, targets: dict[str, nn.Module]) -> None:

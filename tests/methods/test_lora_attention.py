@@ -199,16 +199,35 @@ def test_mixed_batches(first, how):
 
 
 def test_mixed_batches_of_an_encoder():
-    """Off the fast path, whichever adapter is the active one."""
+    """Off the fast path, also where the active adapter has nothing in the attention."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, 2, 16, batch_first=True), 2).eval()
     plain, x = copy.deepcopy(encoder), inputs()[0]
     model = scatter(pf.get_peft_model(encoder, pf.LoraConfig(r=2, target_modules=["self_attn"])), scale=0.3).eval()
+    model.add_adapter("none of it", pf.LoraConfig(r=2, target_modules=["layers.0.linear1"]))
     with torch.no_grad():
         both = plain(x), model(x)
-        got = model(x, adapter_names=["default", "__base__", "default"])
-    for sample, source in enumerate((1, 0, 1)):
-        torch.testing.assert_close(got[sample], both[source][sample])
+        for active in ("default", "none of it"):
+            model.set_adapter(active)
+            got = model(x, adapter_names=["default", "__base__", "default"])
+            for sample, source in enumerate((1, 0, 1)):
+                torch.testing.assert_close(got[sample], both[source][sample])
+
+
+def test_the_encoders_fast_path_and_its_other_layers():
+    """Without an adapter in self_attn torch's encoder layer passes by those of linear1 and linear2: that is said."""
+    torch.manual_seed(0)
+    plain, x = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True).eval(), inputs()[0]
+    with pytest.warns(UserWarning, match="reads the weight of linear1 past the adapter; call torch.backends.mha"):
+        model = pf.get_peft_model(copy.deepcopy(plain), pf.LoraConfig(r=2, target_modules=["linear1"]))
+    scatter(model.eval(), scale=0.3)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        torch.testing.assert_close(model(x), merged(x))
+        assert not torch.allclose(model(x), plain(x), atol=1e-3)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_dora_in_bf16_and_of_several_adapters():

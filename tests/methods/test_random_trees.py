@@ -35,7 +35,7 @@ def leaf(kind, bias):
 def run(kind, module, x):
     """x [B, T, WIDTH] through a leaf."""
     if kind == "embedding":
-        return module(x.detach().sum(-1).abs().long() % WORDS)
+        return module(torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]) % WORDS)
     if kind in ("conv1d", "transposed"):
         return module(x.mT).mT
     if kind == "conv2d":
@@ -64,7 +64,7 @@ class Branch(nn.Module):
                 module = self.layers[i]
             else:
                 module = self.parts[f"{kind}_{i}"] if self.form == "dict" else getattr(self, f"{kind}{i}")
-            x = x + (module(x) if kind == "branch" else run(kind, module, x))
+            x = x + torch.tanh(module(x) if kind == "branch" else run(kind, module, x))
         return x
 
 
@@ -95,7 +95,7 @@ def trees(draw):
 
     torch.manual_seed(draw(st.integers(0, 99)))
     kind, root = build(("plain", [draw(shapes), draw(leaves)]))
-    return root.eval()
+    return root.eval().double()
 
 
 @st.composite
@@ -135,12 +135,12 @@ def values(model):
     return {path: p.detach().clone() for path, p in model.named_parameters()}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_adapters_leave_no_trace(data):
     model = data.draw(trees())
     options = data.draw(configs(model))
-    x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0)).double()
     shape, weights = structure(model), values(model)
     with torch.no_grad():
         plain = model(x)
@@ -156,7 +156,7 @@ def test_adapters_leave_no_trace(data):
             assert all(torch.equal(p, weights[path]) for path, p in model.named_parameters())
             return
         event("adapted")
-        torch.testing.assert_close(adapted(x), plain, rtol=1e-4, atol=1e-4)  # DoRA's rows are multiplied by 1 + ε
+        torch.testing.assert_close(adapted(x), plain, rtol=1e-9, atol=1e-9)  # DoRA's rows are multiplied by 1 + ε
         frozen = {path: p.detach().clone() for path, p in adapted.named_parameters() if not p.requires_grad}
         optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
         scatter(adapted, scale=0.1)
@@ -170,13 +170,13 @@ def test_adapters_leave_no_trace(data):
             with tempfile.TemporaryDirectory() as folder:
                 adapted.save_pretrained(folder)
                 again = pf.PeftModel.from_pretrained(copy.deepcopy(adapted).unload(), folder)
-                torch.testing.assert_close(again(x), trained, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(again(x), trained, rtol=1e-9, atol=1e-9)
                 tensors = adapted.base_model.tensors("default")
                 assert all(torch.equal(tensors[k], t) for k, t in again.base_model.tensors("default").items())
             merged = copy.deepcopy(adapted).merge_and_unload(safe_merge=True)
             adapted.merge_adapter()
-            torch.testing.assert_close(adapted(x), trained, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(merged(x), adapted(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(adapted(x), trained, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(merged(x), adapted(x), rtol=1e-9, atol=1e-9)
             adapted.unmerge_adapter()
             assert torch.equal(adapted(x), trained)
         assert structure(merged)[0] == shape[0]
@@ -184,4 +184,4 @@ def test_adapters_leave_no_trace(data):
         assert left is model and structure(left) == shape
         assert all(torch.equal(p, weights[path]) for path, p in left.named_parameters())
         # torch folds batches where weights need gradients, which they do not any more
-        torch.testing.assert_close(left(x), plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(left(x), plain, rtol=1e-9, atol=1e-9)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from pyfastpeft.ops._library import dtype_code
+from pyfastpeft.ops._library import dtype_code, register_vmap, vmap_by_loop
 
 LORA_SCHEMA = "float scaling, float dropout_p, Tensor? seed"
 
@@ -38,10 +38,9 @@ def check_grad(op: str, grad_output, x, N: int, K: int, reads_x: bool) -> None:
 def check_s(op: str, grad_output, s, lora_a) -> None:
     """The forward's S, where the backward reads it."""
     expected = (*grad_output.shape[:-1], lora_a.shape[0])
-    if s is None or s.dtype != torch.float32 or tuple(s.shape) != expected or s.device != grad_output.device:
-        got = "None" if s is None else f"{s.dtype} {tuple(s.shape)} on {s.device}"
+    if s.dtype != torch.float32 or tuple(s.shape) != expected or s.device != grad_output.device:
         raise ValueError(
-            f"{op}: s is {got}, expected torch.float32 {expected} on {grad_output.device}, as the forward gave it, for the "
+            f"{op}: s is {s.dtype} {tuple(s.shape)} on {s.device}, expected torch.float32 {expected} on {grad_output.device}, as the forward gave it, for the "
             "gradient of lora_b"
         )
 
@@ -58,11 +57,10 @@ def check_mask(op: str, grad_output, mask, K: int, dropout_p: float) -> None:
     if dropout_p == 0 or grad_output.device.type != "cpu":
         return
     expected = (*grad_output.shape[:-1], (K + 31) // 32)
-    if mask is None or mask.dtype != torch.int32 or tuple(mask.shape) != expected or mask.device != grad_output.device:
-        got = "None" if mask is None else f"{mask.dtype} {tuple(mask.shape)} on {mask.device}"
+    if mask.dtype != torch.int32 or tuple(mask.shape) != expected or mask.device != grad_output.device:
         raise ValueError(
-            f"{op}: mask is {got}, expected torch.int32 {expected} on {grad_output.device}, as the forward gave it, for a "
-            f"dropout_p of {dropout_p}"
+            f"{op}: mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}, expected torch.int32 {expected} on "
+            f"{grad_output.device}, as the forward gave it, for a dropout_p of {dropout_p}"
         )
 
 
@@ -115,6 +113,29 @@ def draw_seed(x: torch.Tensor, dropout_p: float, seed: torch.Tensor | None) -> t
 def autocasts(tensor: torch.Tensor) -> bool:
     """Whether F.linear under autocast would cast it: floating point, but not double."""
     return tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def shaped(x: torch.Tensor, y: torch.Tensor, s=None, mask=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y [M, N], S [M, R] and the mask's words with the leading dimensions of x; no value where there is none."""
+    lead = x.shape[:-1]
+    s = x.new_empty(0, dtype=torch.float32) if s is None else s.view(*lead, s.shape[-1])
+    mask = x.new_empty(0, dtype=torch.int32) if mask is None else mask.view(*lead, mask.shape[-1])
+    return y.view(*lead, y.shape[-1]), s, mask
+
+
+def register_token_vmap(op) -> None:
+    """The batching rule of op(x, ..., dropout_p, seed), with y or (y, s, mask) as its result: where x alone is batched
+    and nothing is dropped, the batch is one more token dimension; else one call per element."""
+
+    def rule(info, in_dims, x, *rest):
+        if rest[-2] != 0 or any(isinstance(dim, int) for dim in in_dims[1:]):
+            return vmap_by_loop(op, info, in_dims, x, *rest)
+        result = op(x.movedim(in_dims[0], 0), *rest)
+        if not isinstance(result, tuple):
+            return result, 0
+        return result, tuple(None if part.dim() == 1 and part.numel() == 0 else 0 for part in result)
+
+    register_vmap(op, rule)
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,13 @@ def draw_mask(rows: int, K: int, dropout_p: float, seed: torch.Tensor | None) ->
     return mask
 
 
+def kept_mask(mask: torch.Tensor | None, rows: int, K: int, dropout_p: float, seed) -> torch.Tensor | None:
+    """The forward's mask for a backward, drawn again where the caller has not kept it; None without dropout."""
+    if mask is None or dropout_p == 0:
+        return draw_mask(rows, K, dropout_p, seed)
+    return mask.contiguous()
+
+
 def _shrink(x: torch.Tensor, a: torch.Tensor, alpha: float, mask=None, p: float = 0.0) -> torch.Tensor:
     """alpha · drop(x [M, D]) · a [R, D]ᵀ, fp32 [M, R]."""
     (M, D), R, a = x.shape, a.shape[0], _factor(a)
@@ -46,7 +53,7 @@ def _shrink(x: torch.Tensor, a: torch.Tensor, alpha: float, mask=None, p: float 
     return s
 
 
-def _expand_(y: torch.Tensor, s: torch.Tensor, c: torch.Tensor, mask=None, p: float = 0.0) -> None:
+def expand_(y: torch.Tensor, s: torch.Tensor, c: torch.Tensor, mask=None, p: float = 0.0) -> None:
     """y [M, D] += drop(s [M, R] · c [R, D])."""
     (M, R), D, c = s.shape, c.shape[1], _factor(c)
     _C.lora_expand_cpu(
@@ -72,26 +79,28 @@ def shrink(x, lora_a, scaling, dropout_p, mask) -> torch.Tensor:
 def add_lora_(y, x, lora_a, lora_b, scaling, dropout_p, mask) -> torch.Tensor:
     """y [M, N] += S · Bᵀ; returns S = scaling · drop(x [M, K]) · Aᵀ, fp32 [M, R]. x and y contiguous."""
     s = shrink(x, lora_a, scaling, dropout_p, mask)
-    _expand_(y, s, lora_b.t())
+    expand_(y, s, lora_b.t())
     return s
 
 
 def lora_backward_(grad_x, grad, x, s, lora_a, lora_b, scaling, dropout_p, mask, need_a, need_b, ds=None):
     """Adds the low-rank part to grad_x (None: not wanted); returns (grad_lora_a, grad_lora_b), None where not wanted.
 
-    grad [M, N], x [M, K] and the forward's s [M, R] are contiguous; x is read only for A's gradient, s only for B's.
+    grad [M, N], x [M, K] and the forward's s [M, R] are contiguous; x is read only for A's gradient, s only for B's. Where
+    s is None it is computed again from x.
     ds: scaling · grad · B, where known.
     """
     grad_a = grad_b = None
     if grad_x is not None or need_a:
         ds = _shrink(grad, lora_b.t(), scaling) if ds is None else ds
         if grad_x is not None:
-            _expand_(grad_x, ds, lora_a, mask, dropout_p)
+            expand_(grad_x, ds, lora_a, mask, dropout_p)
         if need_a:
             grad_a = torch.empty(lora_a.shape, dtype=torch.float32)
             _accumulate(ds, x, grad_a, mask, dropout_p)
             grad_a = grad_a.to(lora_a.dtype)
     if need_b:
+        s = shrink(x, lora_a, scaling, dropout_p, mask) if s is None else s
         grad_b = torch.empty(lora_b.shape, dtype=torch.float32)
         _accumulate(s, grad, grad_b.t())
         grad_b = grad_b.to(lora_b.dtype)

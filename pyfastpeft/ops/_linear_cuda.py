@@ -99,8 +99,8 @@ def lora_forward(x, bias, lora_a, lora_b, scaling, dropout_p, seed) -> tuple[tor
 def lora_backward(grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b):
     """(the low-rank part of grad_x, grad_lora_a, grad_lora_b), None where not wanted.
 
-    grad [M, N], x [M, K] and the forward's s [M, R] are contiguous; x is read only for A's gradient, s only for B's. The
-    caller adds grad · W to the first.
+    grad [M, N], x [M, K] and the forward's s [M, R] are contiguous; x is read only for A's gradient, s only for B's. Where
+    s is None it is computed again from x. The caller adds grad · W to the first.
     """
     grad_x = grad_a = grad_b = None
     if need_x or need_a:
@@ -111,6 +111,7 @@ def lora_backward(grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_x, 
         if need_a:
             grad_a = accumulate(ds, x, dropout_p, seed).to(lora_a.dtype)
     if need_b:
+        s = shrink(x, lora_a, scaling, dropout_p, seed) if s is None else s
         grad_b = torch.empty(lora_b.shape, dtype=torch.float32, device=grad.device)
         accumulate(s, grad, out=grad_b.t())
         grad_b = grad_b.to(lora_b.dtype)

@@ -19,12 +19,10 @@ runs is linear_lora_with_s, which returns S and the mask beside y; they have no 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from pyfastpeft.ops import _linear_cuda
-from pyfastpeft.ops._library import dtype_code, register_op, register_vmap, vmap_by_loop
+from pyfastpeft.ops._library import dtype_code, register_op, register_vmap
 from pyfastpeft.ops._linear import (
     LORA_SCHEMA,
     as_rows,
@@ -36,8 +34,10 @@ from pyfastpeft.ops._linear import (
     check_x,
     draw_seed,
     empty_mask,
+    register_token_vmap,
+    shaped,
 )
-from pyfastpeft.ops._linear_cpu import add_lora_, draw_mask, lora_backward_
+from pyfastpeft.ops._linear_cpu import add_lora_, draw_mask, kept_mask, lora_backward_
 
 
 def _check(op, x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
@@ -57,24 +57,19 @@ def _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed) -> None:
     check_x("linear_lora", x, *weight.shape)
 
 
-def _shaped(x, y, s, mask=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mask = x.new_empty(0, dtype=torch.int32) if mask is None else mask.view(*x.shape[:-1], mask.shape[-1])
-    return y.view(*x.shape[:-1], y.shape[-1]), s.view(*x.shape[:-1], s.shape[-1]), mask
-
-
 def _forward_cpu(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed)
     rows = as_rows(x)
     y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     mask = draw_mask(*rows.shape, dropout_p, seed)
-    return _shaped(x, y, add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, mask), mask)
+    return shaped(x, y, add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, mask), mask)
 
 
 def _forward_cuda(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     _check_forward(x, weight, bias, lora_a, lora_b, dropout_p, seed)
     rows = as_rows(x)
     y, s = _linear_cuda.lora_forward(rows, bias, lora_a, lora_b, scaling, dropout_p, seed)
-    return _shaped(x, y.addmm_(rows, weight.t()), s)
+    return shaped(x, y.addmm_(rows, weight.t()), s)
 
 
 def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
@@ -86,10 +81,10 @@ def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
 def _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask) -> None:
     op = "linear_lora_backward"
     _check(op, grad_output, weight, None, lora_a, lora_b, dropout_p, seed)
-    check_grad(op, grad_output, x, *weight.shape, output_mask[1] or output_mask[3])
-    if output_mask[4]:
+    check_grad(op, grad_output, x, *weight.shape, output_mask[1] or output_mask[3] or (output_mask[4] and s is None))
+    if s is not None and output_mask[4]:
         check_s(op, grad_output, s, lora_a)
-    if output_mask[0] or output_mask[3]:
+    if mask is not None and (output_mask[0] or output_mask[3]):
         check_mask(op, grad_output, mask, weight.shape[1], dropout_p)
 
 
@@ -98,7 +93,8 @@ def _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dr
     _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
-    rows, s = as_rows(x) if need_w or need_a else None, as_rows(s) if need_b else None
+    rows = as_rows(x) if need_w or need_a or (need_b and s is None) else None
+    s = as_rows(s) if need_b and s is not None else None
     grad_x, grad_a, grad_b = low_rank(grad, rows, s, need_x, need_a, need_b)
     return (
         grad_x.view(*grad_output.shape[:-1], weight.shape[1]) if need_x else empty(0),
@@ -109,16 +105,16 @@ def _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dr
     )
 
 
-def _backward_cpu(grad_output, x, s, mask, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+def _backward_cpu(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask, s=None, mask=None):
     def low_rank(grad, rows, s, need_x, *needs):
         grad_x = torch.mm(grad, weight) if need_x else None
-        bits = None if mask is None or dropout_p == 0 else mask.contiguous()
+        bits = kept_mask(mask, grad.shape[0], weight.shape[1], dropout_p, seed)
         return grad_x, *lora_backward_(grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, bits, *needs)
 
     return _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
-def _backward_cuda(grad_output, x, s, mask, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+def _backward_cuda(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask, s=None, mask=None):
     def low_rank(grad, rows, s, *needs):
         grad_x, *grads = _linear_cuda.lora_backward(grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, *needs)
         return None if grad_x is None else grad_x.addmm_(grad, weight), *grads
@@ -126,7 +122,7 @@ def _backward_cuda(grad_output, x, s, mask, weight, lora_a, lora_b, scaling, dro
     return _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
-def _backward_fake(grad_output, x, s, mask, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+def _backward_fake(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask, s=None, mask=None):
     _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     return (
@@ -159,7 +155,7 @@ def _backward(ctx, grad_output, *_):
     x, s, mask, weight, lora_a, lora_b, seed = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
     x = grad_output if x is None else x  # not read then
-    grads = _backward_op(grad_output, x, s, mask, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs)
+    grads = _backward_op(grad_output, x, weight, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed, needs, s, mask)
     grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
     if needs[2]:
         grads[2] = grads[2].to(ctx.bias_dtype)
@@ -173,9 +169,9 @@ def _autocast(dtype, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
 
 
 _backward_op = register_op(
-    "linear_lora_backward(Tensor grad_output, Tensor x, Tensor? s, Tensor? mask, Tensor weight, Tensor lora_a, "
-    f"Tensor lora_b, {LORA_SCHEMA}, bool[5] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_lora_a, "
-    "Tensor grad_lora_b)",
+    f"linear_lora_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, {LORA_SCHEMA}, "
+    "bool[5] output_mask, Tensor? s=None, Tensor? mask=None) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, "
+    "Tensor grad_lora_a, Tensor grad_lora_b)",
     cpu=_backward_cpu,
     cuda=_backward_cuda,
     fake=_backward_fake,
@@ -201,16 +197,8 @@ _op = register_op(
 )
 
 
-def _vmap(op, info, in_dims, *args):
-    x, *rest = args
-    if rest[-2] == 0 and not any(isinstance(dim, int) for dim in in_dims[1:]):  # the batch is one more token dimension
-        result = op(x.movedim(in_dims[0], 0), *rest)
-        return result, (0, 0, None) if isinstance(result, tuple) else 0
-    return vmap_by_loop(op, info, in_dims, *args)
-
-
-for _each in (_op, _op_with_s):
-    register_vmap(_each, functools.partial(_vmap, _each))
+register_token_vmap(_op)
+register_token_vmap(_op_with_s)
 register_vmap(_backward_op)
 
 

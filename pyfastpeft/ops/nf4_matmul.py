@@ -25,17 +25,22 @@ import torch
 
 from pyfastpeft._native import _C
 from pyfastpeft.ops import nf4_matmul_cuda
-from pyfastpeft.ops._library import dtype_code, register_op, register_vmap, vmap_by_loop
+from pyfastpeft.ops._library import dtype_code, register_op, register_vmap
 from pyfastpeft.ops._linear import (
     LORA_SCHEMA,
     as_rows,
     autocasts,
     check_grad,
+    check_mask,
     check_operands,
+    check_s,
     check_x,
     draw_seed,
+    empty_mask,
+    register_token_vmap,
+    shaped,
 )
-from pyfastpeft.ops._linear_cpu import add_lora_, draw_mask, lora_backward_, shrink
+from pyfastpeft.ops._linear_cpu import draw_mask, expand_, kept_mask, lora_backward_, shrink
 from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
@@ -187,6 +192,8 @@ def _forward_cpu(
     N, K = _check_forward("linear_4bit", x, flat, shape, bias, lora_a, lora_b, dropout_p, seed)
     rows, w = as_rows(x), _Weight(*flat, N, K)
     y = x.new_empty(rows.shape[0], N)
+    mask = draw_mask(*rows.shape, dropout_p, seed)
+    s = None if lora_a is None else shrink(rows, lora_a, scaling, dropout_p, mask)
     if y.numel():
         kernel = None
         if rows.shape[0] <= matvec_rows(x.dtype):
@@ -194,25 +201,23 @@ def _forward_cpu(
         elif x.dtype == torch.bfloat16 and _C.nf4_panel_available():
             kernel = _C.nf4_panel_cpu
         if kernel is not None:
-            mask = draw_mask(*rows.shape, dropout_p, seed)
-            s = None if lora_a is None else shrink(rows, lora_a, scaling, dropout_p, mask)
             _fused(kernel, w, rows, bias, s, lora_b, y)
         else:
             _matmul(w, rows, bias, y)
-            if lora_a is not None:
-                add_lora_(y, rows, lora_a, lora_b, scaling, dropout_p, draw_mask(*rows.shape, dropout_p, seed))
-    return y.view(*x.shape[:-1], N)
+            if s is not None:
+                expand_(y, s, lora_b.t())
+    return shaped(x, y, s, mask)
 
 
 def _forward_cuda(
     x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, bias, lora_a, lora_b,
-    scaling, dropout_p, seed,
+    scaling, dropout_p, seed, keep_s=True,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
     N, K = _check_forward("linear_4bit", x, flat, shape, bias, lora_a, lora_b, dropout_p, seed)
     w = nf4_matmul_cuda.Weight(*flat, N, K)
-    y = nf4_matmul_cuda.forward(w, as_rows(x), bias, lora_a, lora_b, scaling, dropout_p, seed)
-    return y.view(*x.shape[:-1], N)
+    y, s = nf4_matmul_cuda.forward(w, as_rows(x), bias, lora_a, lora_b, scaling, dropout_p, seed, keep_s=keep_s)
+    return shaped(x, y, s)
 
 
 def _forward_fake(
@@ -221,26 +226,32 @@ def _forward_fake(
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
     N, _ = _check_forward("linear_4bit", x, flat, shape, bias, lora_a, lora_b, dropout_p, seed)
-    return x.new_empty((*x.shape[:-1], N))
+    s = (0,) if lora_a is None else (*x.shape[:-1], lora_a.shape[0])
+    return x.new_empty((*x.shape[:-1], N)), x.new_empty(s, dtype=torch.float32), empty_mask(x, dropout_p)
 
 
-def _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask) -> tuple[int, int]:
+def _check_backward(
+    grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask
+) -> tuple[int, int]:
     op = "linear_4bit_backward"
     N, K = _check(op, grad_output.device, *flat, shape)
     check_operands(op, grad_output.device, N, K, None, lora_a, lora_b, dropout_p, seed)
-    reads_x = output_mask[2] or output_mask[3]
-    if reads_x and lora_a is None:
+    if (output_mask[2] or output_mask[3]) and lora_a is None:
         raise ValueError(f"{op}: output_mask {list(output_mask)} asks for LoRA gradients, and lora_a is None")
-    check_grad(op, grad_output, x, N, K, reads_x)
+    check_grad(op, grad_output, x, N, K, output_mask[2] or (output_mask[3] and s is None))
+    if s is not None and output_mask[3]:
+        check_s(op, grad_output, s, lora_a)
+    if mask is not None and (output_mask[0] or output_mask[2]):
+        check_mask(op, grad_output, mask, K, dropout_p)
     return N, K
 
 
 def _backward_cpu(
     grad_output, x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, lora_a, lora_b,
-    scaling, dropout_p, seed, output_mask,
+    scaling, dropout_p, seed, output_mask, s=None, mask=None,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    N, K = _check_backward(grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
     grad_x = grad_a = grad_b = ds = None
@@ -255,9 +266,9 @@ def _backward_cpu(
         elif grad_x.numel():
             _matmul_backward(_Weight(*flat, N, K), grad, grad_x)
     if lora_a is not None:
-        rows = as_rows(x) if need_a or need_b else None
-        mask = draw_mask(grad.shape[0], K, dropout_p, seed)
-        s = shrink(rows, lora_a, scaling, dropout_p, mask) if need_b else None
+        rows = as_rows(x) if need_a or (need_b and s is None) else None
+        s = as_rows(s) if need_b and s is not None else None
+        mask = kept_mask(mask, grad.shape[0], K, dropout_p, seed)
         grad_a, grad_b = lora_backward_(
             None if added else grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, mask, need_a, need_b, ds
         )
@@ -271,14 +282,15 @@ def _backward_cpu(
 
 def _backward_cuda(
     grad_output, x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, lora_a, lora_b,
-    scaling, dropout_p, seed, output_mask,
+    scaling, dropout_p, seed, output_mask, s=None, mask=None,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    N, K = _check_backward(grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     grad, empty = as_rows(grad_output), grad_output.new_empty
-    rows = as_rows(x) if output_mask[2] or output_mask[3] else None
+    rows = as_rows(x) if output_mask[2] or (output_mask[3] and s is None) else None
+    s = as_rows(s) if output_mask[3] and s is not None else None
     grad_x, grad_bias, grad_a, grad_b = nf4_matmul_cuda.backward(
-        nf4_matmul_cuda.Weight(*flat, N, K), grad, rows, lora_a, lora_b, scaling, dropout_p, seed, output_mask
+        nf4_matmul_cuda.Weight(*flat, N, K), grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, output_mask
     )
     return (
         empty(0) if grad_x is None else grad_x.view(*grad_output.shape[:-1], K),
@@ -290,10 +302,10 @@ def _backward_cuda(
 
 def _backward_fake(
     grad_output, x, packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type, shape, dtype, lora_a, lora_b,
-    scaling, dropout_p, seed, output_mask,
+    scaling, dropout_p, seed, output_mask, s=None, mask=None,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check_backward(grad_output, x, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    N, K = _check_backward(grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_bias, need_a, need_b = output_mask
     empty = grad_output.new_empty
     return (
@@ -307,22 +319,32 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output) -> None:
     x, *flat = inputs[:10]
     bias, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed = inputs[10:]
+    _, s, mask = output
+    ctx.mark_non_differentiable(s, mask)
+    ctx.set_materialize_grads(False)
     ctx.rest = flat[5:]
     ctx.bias_dtype = None if bias is None else bias.dtype
     need = ctx.needs_input_grad
     # a frozen layer without LoRA keeps no activation alive
-    ctx.save_for_backward(x if need[11] or need[12] else None, *flat[:5], lora_a, lora_b, seed)
+    ctx.save_for_backward(
+        x if need[11] else None,
+        s if need[12] else None,
+        mask if ctx.dropout_p > 0 and (need[0] or need[11]) else None,
+        *flat[:5], lora_a, lora_b, seed,
+    )  # fmt: skip
 
 
-def _backward(ctx, grad_output):
-    x, *tensors, lora_a, lora_b, seed = ctx.saved_tensors
+def _backward(ctx, grad_output, *_):
+    if grad_output is None:  # nothing depends on y
+        return (None,) * 16
+    x, s, mask, *tensors, lora_a, lora_b, seed = ctx.saved_tensors
     need = ctx.needs_input_grad
-    mask = [need[0], need[10], need[11], need[12]]
+    needs = [need[0], need[10], need[11], need[12]]
     grads = _backward_op(
         grad_output, grad_output if x is None else x, *tensors, *ctx.rest, lora_a, lora_b, ctx.scaling, ctx.dropout_p, seed,
-        mask,
+        needs, s, mask,
     )  # fmt: skip
-    grad_x, grad_bias, grad_a, grad_b = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
+    grad_x, grad_bias, grad_a, grad_b = (g if wanted else None for g, wanted in zip(grads, needs, strict=True))
     if grad_bias is not None:
         grad_bias = grad_bias.to(ctx.bias_dtype)
     return grad_x, *(None,) * 9, grad_bias, grad_a, grad_b, None, None, None
@@ -334,14 +356,16 @@ def _autocast(dtype, x, *rest):
 
 _backward_op = register_op(
     f"linear_4bit_backward(Tensor grad_output, Tensor x, {flat_schema}, Tensor? lora_a, Tensor? lora_b, {LORA_SCHEMA}, "
-    "bool[4] output_mask) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_lora_a, Tensor grad_lora_b)",
+    "bool[4] output_mask, Tensor? s=None, Tensor? mask=None) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_lora_a, "
+    "Tensor grad_lora_b)",
     cpu=_backward_cpu,
     cuda=_backward_cuda,
     fake=_backward_fake,
     no_gradient="second derivatives of linear_4bit are not implemented; detach what should not be differentiated twice",
 )
-_op = register_op(
-    f"linear_4bit(Tensor x, {flat_schema}, Tensor? bias, Tensor? lora_a, Tensor? lora_b, {LORA_SCHEMA}) -> Tensor",
+_ARGUMENTS = f"(Tensor x, {flat_schema}, Tensor? bias, Tensor? lora_a, Tensor? lora_b, {LORA_SCHEMA})"
+_op_with_s = register_op(
+    f"linear_4bit_with_s{_ARGUMENTS} -> (Tensor y, Tensor s, Tensor mask)",
     cpu=_forward_cpu,
     cuda=_forward_cuda,
     fake=_forward_fake,
@@ -349,16 +373,17 @@ _op = register_op(
     backward=_backward,
     autocast=_autocast,
 )
+_op = register_op(
+    f"linear_4bit{_ARGUMENTS} -> Tensor",
+    cpu=lambda *args: _forward_cpu(*args)[0],
+    cuda=lambda *args: _forward_cuda(*args, keep_s=False)[0],
+    fake=lambda *args: _forward_fake(*args)[0],
+    gradient_by=_op_with_s,
+    autocast=_autocast,
+)
 
-
-def _vmap(info, in_dims, x, *rest):
-    dropout_p = rest[-2]
-    if dropout_p == 0 and not any(isinstance(dim, int) for dim in in_dims[1:]):
-        return _op(x.movedim(in_dims[0], 0), *rest), 0  # the batch is one more token dimension
-    return vmap_by_loop(_op, info, in_dims, x, *rest)
-
-
-register_vmap(_op, _vmap)
+register_token_vmap(_op)
+register_token_vmap(_op_with_s)
 register_vmap(_backward_op)
 
 
@@ -381,7 +406,7 @@ def linear_4bit(
 
     Returns [..., N] in x's dtype; under autocast x is cast to its dtype, as F.linear's would be. Gradients to x, bias,
     lora_a and lora_b, each in its own dtype; W is frozen. The weight is never dequantised as a whole, forward or
-    backward, and x is kept for the backward only where lora_a or lora_b require grad.
+    backward. What is kept for it is as in linear_lora, by linear_4bit_with_s: x only where lora_a requires grad.
 
     Raises TypeError for other dtypes, ValueError for shapes, devices or probabilities that do not fit.
     Source: Dettmers et al., "QLoRA", arXiv:2305.14314, equations 5 and 6.

@@ -124,10 +124,13 @@ class Weight:
         return out
 
 
-def forward(w: Weight, x, bias, lora_a, lora_b, scaling, dropout_p, seed, ia3_scale=None) -> torch.Tensor:
-    """[M, N] in x's dtype: (x·Wᵀ + bias + scaling·drop(x)·Aᵀ·Bᵀ) · ia3_scale, the last where one is given; x contiguous."""
+def forward(w: Weight, x, bias, lora_a, lora_b, scaling, dropout_p, seed, ia3_scale=None, keep_s=False):
+    """([M, N] in x's dtype: (x·Wᵀ + bias + S·Bᵀ) · ia3_scale, the last where one is given;
+    S = scaling·drop(x)·Aᵀ, fp32 [M, R], or None where it was made inside another launch, which keep_s forbids, or there is
+    no lora_a). x contiguous."""
     if x.shape[0] == 0 or w.N == 0:
-        return x.new_empty(x.shape[0], w.N)
+        s = None if lora_a is None else _shrink(x, lora_a, scaling, dropout_p, seed)
+        return x.new_empty(x.shape[0], w.N), s
     kernel = _kernel(x, w.N, w.K) if w.K > 0 else "dequantise"
     if not w.aligned and kernel != "dequantise":
         if _batch_invariant:
@@ -135,19 +138,19 @@ def forward(w: Weight, x, bias, lora_a, lora_b, scaling, dropout_p, seed, ia3_sc
         else:
             kernel = "dequantise"
     if kernel == "dequantise":
-        y = _dense(w, x, bias, lora_a, lora_b, scaling, dropout_p, seed)
-        return y if ia3_scale is None else y.mul_(ia3_scale)
+        y, s = _dense(w, x, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        return (y if ia3_scale is None else y.mul_(ia3_scale)), s
     if x.data_ptr() % 16:
         x = x.clone()  # at most a few rows, or batch_invariant
     s = a = None
     if lora_a is not None:
-        if kernel == "matvec" and _makes_s(x, lora_a, dropout_p):
+        if kernel == "matvec" and not keep_s and _makes_s(x, lora_a, dropout_p):
             a = lora_a.to(torch.float32)
         else:
             s = _shrink(x, lora_a, scaling, dropout_p, seed)
     y = x.new_empty(x.shape[0], w.N)
     _fused(kernel, w, x, s, a, scaling, lora_b, bias, ia3_scale, y)
-    return y
+    return y, s
 
 
 def _makes_s(x, lora_a, dropout_p: float) -> bool:
@@ -187,15 +190,15 @@ def _fused(kernel: str, w: Weight, x, s, a, scaling, lora_b, bias, ia3_scale, y)
         )  # fmt: skip
 
 
-def _dense(w: Weight, x, bias, lora_a, lora_b, scaling, dropout_p, seed) -> torch.Tensor:
+def _dense(w: Weight, x, bias, lora_a, lora_b, scaling, dropout_p, seed) -> tuple[torch.Tensor, torch.Tensor | None]:
     dense = w.dequantise(x.dtype)
     if lora_a is None:
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    y, _ = _linear_cuda.lora_forward(x, bias, lora_a, lora_b, scaling, dropout_p, seed)
-    return y.addmm_(x, dense.t())
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype)), None
+    y, s = _linear_cuda.lora_forward(x, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    return y.addmm_(x, dense.t()), s
 
 
-def backward(w: Weight, grad, x, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
+def backward(w: Weight, grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, output_mask):
     """(grad_x [M, K], grad_bias, grad_lora_a, grad_lora_b), None where not wanted; grad [M, N] and x contiguous.
 
     W is decoded once, into the only tensor of its size; the low-rank part of grad_x is written first and the base's
@@ -204,7 +207,6 @@ def backward(w: Weight, grad, x, lora_a, lora_b, scaling, dropout_p, seed, outpu
     need_x, need_bias, need_a, need_b = output_mask
     grad_x = grad_a = grad_b = None
     if lora_a is not None:
-        s = _linear_cuda.shrink(x, lora_a, scaling, dropout_p, seed) if need_b else None
         grad_x, grad_a, grad_b = _linear_cuda.lora_backward(
             grad, x, s, lora_a, lora_b, scaling, dropout_p, seed, need_x, need_a, need_b
         )

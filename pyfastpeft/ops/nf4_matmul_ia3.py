@@ -44,7 +44,7 @@ def _forward_cuda(
 ):
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
     N, K = _check(x, flat, shape, bias, scale)
-    y = nf4_matmul_cuda.forward(nf4_matmul_cuda.Weight(*flat, N, K), as_rows(x), bias, *_NO_LORA, scale)
+    y, _ = nf4_matmul_cuda.forward(nf4_matmul_cuda.Weight(*flat, N, K), as_rows(x), bias, *_NO_LORA, scale)
     return y.view(*x.shape[:-1], N)
 
 

@@ -325,6 +325,9 @@ def test_saves_the_input_only_for_lora():
         pf.ops.linear_4bit(x, q, bias)
         pf.ops.linear_4bit(x, q, bias, a, b)
         assert x.data_ptr() not in {t.data_ptr() for t in saved}
+        pf.ops.linear_4bit(x, q, bias, a, b.requires_grad_())  # B's gradient wants S, not x
+        assert x.data_ptr() not in {t.data_ptr() for t in saved}
+        assert (torch.float32, (50, 4)) in {(t.dtype, tuple(t.shape)) for t in saved}
         pf.ops.linear_4bit(x, q, bias, a.requires_grad_(), b)
         assert x.data_ptr() in {t.data_ptr() for t in saved}
     assert all(t.dtype != torch.float32 or t.numel() < 20 * 30 for t in saved)  # no dense weight

@@ -436,18 +436,17 @@ def test_bad_input_of_the_flat_ops():
     with pytest.raises(ValueError, match="dropout_p is 0.5 but seed is None"):
         torch.ops.pyfastpeft.linear_lora(x, weight, None, a, b, 1.0, 0.5, None)
     backward = torch.ops.pyfastpeft.linear_lora_backward
-    s = torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"grad_output has shape \(2, 4\), expected \[..., 3\]"):
-        backward(torch.ones(2, 4), x, s, None, weight, a, b, 1.0, 0.0, None, [True] * 5)
+        backward(torch.ones(2, 4), x, weight, a, b, 1.0, 0.0, None, [True] * 5)
     with pytest.raises(ValueError, match=r"x is torch.float32 \(3, 5\) on cpu, expected torch.float32 \(2, 5\)"):
-        backward(torch.ones(2, 3), torch.ones(3, 5), s, None, weight, a, b, 1.0, 0.0, None, [True] * 5)
-    for wrong, got in ((None, "None"), (s[:1], r"torch.float32 \(1, 2\) on cpu"), (s.half(), "torch.float16")):
+        backward(torch.ones(2, 3), torch.ones(3, 5), weight, a, b, 1.0, 0.0, None, [True] * 5)
+    s, bits = torch.ones(2, 2), torch.ones(2, 1, dtype=torch.int32)
+    for wrong, got in ((s[:1], r"torch.float32 \(1, 2\) on cpu"), (s.half(), "torch.float16")):
         with pytest.raises(ValueError, match=rf"s is {got}.*, expected torch.float32 \(2, 2\) on cpu"):
-            backward(torch.ones(2, 3), x, wrong, None, weight, a, b, 1.0, 0.0, None, [True] * 5)
-    bits = torch.ones(2, 1, dtype=torch.int32)
-    for wrong, got in ((None, "None"), (bits[:1], r"torch.int32 \(1, 1\) on cpu"), (bits.long(), "torch.int64")):
+            backward(torch.ones(2, 3), x, weight, a, b, 1.0, 0.0, None, [True] * 5, wrong)
+    for wrong, got in ((bits[:1], r"torch.int32 \(1, 1\) on cpu"), (bits.long(), "torch.int64")):
         with pytest.raises(ValueError, match=rf"mask is {got}.*, expected torch.int32 \(2, 1\) on cpu"):
-            backward(torch.ones(2, 3), x, s, wrong, weight, a, b, 1.0, 0.5, SEED, [True] * 5)
+            backward(torch.ones(2, 3), x, weight, a, b, 1.0, 0.5, SEED, [True] * 5, s, wrong)
     with pytest.raises(ValueError, match="lora_shrink: a has 4 values, expected 2 x 5"):
         _C.lora_shrink_cpu(x.data_ptr(), 10, 0, 2, 5, a.data_ptr(), 4, 5, 1, 2, 1.0, 0, 0, 0.0, b.data_ptr(), 4)
     with pytest.raises(ValueError, match="x has no memory"):

@@ -78,19 +78,17 @@ def _forward_fake(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), s, empty_mask(x, dropout_p)
 
 
-def _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask) -> None:
+def _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask) -> None:
     op = "linear_lora_backward"
     _check(op, grad_output, weight, None, lora_a, lora_b, dropout_p, seed)
     check_grad(op, grad_output, x, *weight.shape, output_mask[1] or output_mask[3] or (output_mask[4] and s is None))
     if s is not None and output_mask[4]:
         check_s(op, grad_output, s, lora_a)
-    if mask is not None and (output_mask[0] or output_mask[3]):
-        check_mask(op, grad_output, mask, weight.shape[1], dropout_p)
 
 
-def _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask):
+def _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask):
     """low_rank(grad, rows, s, need_x, need_a, need_b) gives grad_x whole, and the gradients of A and B."""
-    _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+    _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
     rows = as_rows(x) if need_w or need_a or (need_b and s is None) else None
@@ -108,10 +106,11 @@ def _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dr
 def _backward_cpu(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask, s=None, mask=None):
     def low_rank(grad, rows, s, need_x, *needs):
         grad_x = torch.mm(grad, weight) if need_x else None
+        check_mask("linear_lora_backward", grad_output, mask, weight.shape[1], dropout_p)
         bits = kept_mask(mask, grad.shape[0], weight.shape[1], dropout_p, seed)
         return grad_x, *lora_backward_(grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, bits, *needs)
 
-    return _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+    return _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
 def _backward_cuda(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask, s=None, mask=None):
@@ -119,11 +118,11 @@ def _backward_cuda(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, s
         grad_x, *grads = _linear_cuda.lora_backward(grad, rows, s, lora_a, lora_b, scaling, dropout_p, seed, *needs)
         return None if grad_x is None else grad_x.addmm_(grad, weight), *grads
 
-    return _backward_with(low_rank, grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+    return _backward_with(low_rank, grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
 
 
 def _backward_fake(grad_output, x, weight, lora_a, lora_b, scaling, dropout_p, seed, output_mask, s=None, mask=None):
-    _check_backward(grad_output, x, s, mask, weight, lora_a, lora_b, dropout_p, seed, output_mask)
+    _check_backward(grad_output, x, s, weight, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_w, need_bias, need_a, need_b = output_mask
     return (
         grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]) if need_x else (0,)),

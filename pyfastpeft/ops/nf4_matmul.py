@@ -230,9 +230,7 @@ def _forward_fake(
     return x.new_empty((*x.shape[:-1], N)), x.new_empty(s, dtype=torch.float32), empty_mask(x, dropout_p)
 
 
-def _check_backward(
-    grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask
-) -> tuple[int, int]:
+def _check_backward(grad_output, x, s, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask) -> tuple[int, int]:
     op = "linear_4bit_backward"
     N, K = _check(op, grad_output.device, *flat, shape)
     check_operands(op, grad_output.device, N, K, None, lora_a, lora_b, dropout_p, seed)
@@ -241,8 +239,6 @@ def _check_backward(
     check_grad(op, grad_output, x, N, K, output_mask[2] or (output_mask[3] and s is None))
     if s is not None and output_mask[3]:
         check_s(op, grad_output, s, lora_a)
-    if mask is not None and (output_mask[0] or output_mask[2]):
-        check_mask(op, grad_output, mask, K, dropout_p)
     return N, K
 
 
@@ -251,7 +247,7 @@ def _backward_cpu(
     scaling, dropout_p, seed, output_mask, s=None, mask=None,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check_backward(grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    N, K = _check_backward(grad_output, x, s, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_bias, need_a, need_b = output_mask
     grad, empty = as_rows(grad_output), grad_output.new_empty
     grad_x = grad_a = grad_b = ds = None
@@ -268,6 +264,7 @@ def _backward_cpu(
     if lora_a is not None:
         rows = as_rows(x) if need_a or (need_b and s is None) else None
         s = as_rows(s) if need_b and s is not None else None
+        check_mask("linear_4bit_backward", grad_output, mask, K, dropout_p)
         mask = kept_mask(mask, grad.shape[0], K, dropout_p, seed)
         grad_a, grad_b = lora_backward_(
             None if added else grad_x, grad, rows, s, lora_a, lora_b, scaling, dropout_p, mask, need_a, need_b, ds
@@ -285,7 +282,7 @@ def _backward_cuda(
     scaling, dropout_p, seed, output_mask, s=None, mask=None,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check_backward(grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    N, K = _check_backward(grad_output, x, s, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     grad, empty = as_rows(grad_output), grad_output.new_empty
     rows = as_rows(x) if output_mask[2] or (output_mask[3] and s is None) else None
     s = as_rows(s) if output_mask[3] and s is not None else None
@@ -305,7 +302,7 @@ def _backward_fake(
     scaling, dropout_p, seed, output_mask, s=None, mask=None,
 ):  # fmt: skip
     flat = (packed, absmax, nested_absmax, nested_map, offset, blocksize, quant_type)
-    N, K = _check_backward(grad_output, x, s, mask, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
+    N, K = _check_backward(grad_output, x, s, flat, shape, lora_a, lora_b, dropout_p, seed, output_mask)
     need_x, need_bias, need_a, need_b = output_mask
     empty = grad_output.new_empty
     return (

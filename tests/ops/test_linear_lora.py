@@ -33,6 +33,19 @@ def test_values_and_gradients(shape, dtype, isa):
     _check(tensors, grad, dtype, 2.0, 0.3)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("R", [5, 16, 25])
+def test_fp32_factors_are_not_rounded_to_bfloat16(R, dropout_p, isa):
+    """bf16 x and dy are exact and A and B fp32: their gradients have an error of 2^-17 at most, where bf16 factors leave
+    2^-9."""
+    *tensors, grad = inputs((131, 70, 517, R), torch.bfloat16)
+    options = (0.5, dropout_p, SEED)
+    got = run(lambda *t: pf.ops.linear_lora(*t, *options), tensors, grad)
+    exact = truth(tensors, grad, *options)
+    for ours, true in zip(got[4:], exact[4:], strict=True):
+        assert (ours.double() - true).norm() <= 2.0**-17 * true.norm()
+
+
 # every side with and without a tail of the kernels' tiles; one and two turns of each sum; ranks of one and of two tiles
 DEVICE_SHAPES = [
     (1, 1, 1, 1),

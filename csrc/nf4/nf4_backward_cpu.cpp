@@ -9,7 +9,7 @@
 
 namespace pyfastpeft {
 
-const Nf4BackwardVariant nf4_backward_f32_scalar = nf4_backward_variant<BackwardF32Any<VecScalar>>();
+const Nf4BackwardVariant nf4_backward_f32_scalar = nf4_backward_variant<BackwardF32Any<VecScalar>>(256);
 
 namespace {
 
@@ -26,7 +26,6 @@ const Nf4BackwardVariant& variant([[maybe_unused]] DType dtype, [[maybe_unused]]
   return nf4_backward_f32_scalar;
 }
 
-constexpr std::int64_t kTokens = 256;           // at a time: their sums stay in the L2 cache
 constexpr std::int64_t kBytes = 4 << 20;        // of packed dY at a time, and little more
 constexpr std::int64_t kGrain = 1 << 20;        // products, below which a second thread costs more than it brings
 constexpr std::int64_t kGrainPacked = 1 << 16;  // the same for values to pack
@@ -45,7 +44,8 @@ void nf4_backward_cpu(const Nf4Matrix& w, const void* dy, std::int64_t M, const 
   const std::int64_t low_rank = (w.N + way.pad - 1) / way.pad * way.pad;
   const std::int64_t terms = low_rank + (low.R + way.pad - 1) / way.pad * way.pad;
   const std::int64_t token_bytes = (terms + way.chunk - 1) / way.chunk * way.stride * way.size;
-  const std::int64_t step = std::min(M, std::min(kTokens, std::max<std::int64_t>(kBytes / token_bytes / 32 * 32, 64)));
+  const std::int64_t step =
+      std::min(M, std::min(way.tokens, std::max<std::int64_t>(kBytes / token_bytes / 32 * 32, 64)));
   const std::unique_ptr<char[]> space(new char[std::size_t(nf4_backward_tokens(step) * token_bytes + 64)]);
   char* const u = space.get() + (64 - reinterpret_cast<std::uintptr_t>(space.get()) % 64) % 64;
   for (std::int64_t m = 0; m < M; m += step) {

@@ -19,16 +19,24 @@
 // rounded once, as nf4_dequantize_cpu would.
 //
 // The floor, W 4096 x 4096, blocks of 64, one thread of Zen 4 (0.274 ns a vdpbf16ps or FMA, 15 GB/s):
-//   bytes      N·K/2 + N·K/16 = 9.4 MB once for every 512 tokens, 0.6 ms, beside 2·M·(N + K) of dY and dX
+//   bytes      N·K/2 + N·K/16 = 9.4 MB once for every 256 tokens, 0.6 ms, beside 2·M·(N + K) of dY and dX
 //   products   M·N·K / 32 vdpbf16ps: 0.14 ms a token; fp32 M·N·K / 16: 0.29 ms; AVX2, two FMAs of 8 a cycle: the same
 //   decoding   128 weights are 15 vector operations and 4 stores of 64 bytes, 12 to 16 cycles: 0.4 to 0.6 ms, beside what
 //              the multiplier does
-// so that bf16 is bound by the products from 4 tokens on. Predicted 16 tokens 2.9 ms, 128 19, 512 76.
+// so that bf16 is bound by the products from 4 tokens on. Predicted: 16 tokens 2.9 ms, 128 19, 512 76. Measured, the machine
+// shared with a dozen others / dense torch / tiles for torch's matmul, as before:
+//   bf16   4 tokens 1.6 / 5.5 / 7.4; 16 3.4 / 7.2 / 9.3; 36 6.9 / 10.8 / 15.4; 128 20.5 / 23.7 / 27.2; 512 82 / 87 / 94
+//   fp32   16 tokens 6.3 / 13.8 / 19.1; 128 41.7 / 56.3 / 59.6; 512 169 / 196 / 198; AVX2: 16 7.9 / 13.5 / 22.5
+// With V left as it is the products alone take 0.65, 2.4, 19.5 and 79.6 ms: 0.284 to 0.297 ns each, the machine's rate. What
+// exceeds the prediction is decoding: 0.8 to 1.6 ms a time, half of it waiting for packed bytes, half for V's lines to come to
+// the L1 cache that products use as well. Groups of V a power of two apart all fell into the same sets (16 tokens 3.48 instead
+// of 3.35 ms); the next tile's tokens are fetched during a tile's products (fp32, 512 tokens: 169 instead of 199 ms).
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "common/subnormals.h"
 #include "common/vec.h"
@@ -68,7 +76,10 @@ void nf4_backward_pack(const Nf4BackwardArgs& args, std::int64_t begin, std::int
         const std::int64_t count = std::min<std::int64_t>(P::kChunk, args.terms - n);
         const std::int64_t some = m < args.M ? std::max<std::int64_t>(0, std::min(count, N - n)) : 0;
         const T* const from = static_cast<const T*>(args.dy) + m * N + n;
-        for (std::int64_t i = 0; i < some; ++i) to[i] = from_f32<Element>(to_f32(from[i]));
+        if constexpr (std::is_same<T, Element>::value)
+          std::copy_n(from, some, to);
+        else
+          for (std::int64_t i = 0; i < some; ++i) to[i] = from_f32<Element>(to_f32(from[i]));
         for (std::int64_t i = some; i < count; ++i) {
           const std::int64_t rank = n + i - args.low_rank;
           const bool there = m < args.M && rank >= 0 && rank < args.R;
@@ -197,7 +208,7 @@ struct BackwardBf16 {
   using Element = bf16;
   static constexpr DType kDType = DType::bf16;
   static constexpr int kPair = 2, kLanes = 16;
-  static constexpr std::int64_t kChunk = kNf4PanelColumns, kStride = kNf4PanelStride, kGroup = kChunk * kLanes;
+  static constexpr std::int64_t kChunk = kNf4PanelColumns, kStride = kNf4PanelStride, kGroup = kChunk * kLanes + 32;
   static void block(const bf16* u, std::int64_t count, const bf16* v, std::int64_t v_group, std::int64_t groups,
                     std::int64_t terms, float* c, bool first) {
     Block::block(u, count, v, v_group, groups, terms, c, first);
@@ -251,7 +262,7 @@ struct BackwardBf16 {
 
 // ---- fp32: any vector of common/vec.h, a row at a time ----------------------------------------------------------------------
 
-template <typename V, int groups, int rows, std::int64_t stride>
+template <typename V, int groups, int rows, std::int64_t stride, std::int64_t ahead>
 __attribute__((noinline)) void nf4_backward_tile(const float* u, const float* v, std::int64_t v_group,
                                                  std::int64_t terms, float* c, bool first) {
   V sum[rows][groups];
@@ -259,7 +270,9 @@ __attribute__((noinline)) void nf4_backward_tile(const float* u, const float* v,
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) sum[r][g] = V::set(0.0f);
+  const char* const next = reinterpret_cast<const char*>(u + rows * stride);  // the next tile's tokens
   for (std::int64_t i = 0; i < terms; ++i) {
+    __builtin_prefetch(next + i * (rows * stride * 4 / ahead));
     V right[groups];
 #pragma GCC unroll 2
     for (int g = 0; g < groups; ++g) right[g] = V::load(v + g * v_group + i * V::width);
@@ -289,16 +302,17 @@ struct BackwardF32 {
   };
   static constexpr DType kDType = DType::f32;
   static constexpr int kPair = 1, kLanes = V::width;
-  static constexpr std::int64_t kChunk = 128, kStride = kChunk + 16, kGroup = kChunk * kLanes;
+  static constexpr std::int64_t kChunk = 128, kStride = kChunk + 16, kGroup = kChunk * kLanes + 16;
   static void block(const float* u, std::int64_t count, const float* v, std::int64_t v_group, std::int64_t groups,
                     std::int64_t terms, float* c, bool first) {
     for (std::int64_t g = 0; g < groups; g += 2, v += 2 * v_group, c += 2 * kNf4PanelRows * kLanes) {
       std::int64_t r = 0;
       for (; r + kRows <= count; r += kRows)
-        nf4_backward_tile<V, 2, kRows, kStride>(u + r * kStride, v, v_group, terms, c + r * kLanes, first);
+        nf4_backward_tile<V, 2, kRows, kStride, kChunk>(u + r * kStride, v, v_group, terms, c + r * kLanes, first);
       for (; r + 2 < count; r += 4)
-        nf4_backward_tile<V, 2, 4, kStride>(u + r * kStride, v, v_group, terms, c + r * kLanes, first);
-      if (r < count) nf4_backward_tile<V, 2, 2, kStride>(u + r * kStride, v, v_group, terms, c + r * kLanes, first);
+        nf4_backward_tile<V, 2, 4, kStride, kChunk>(u + r * kStride, v, v_group, terms, c + r * kLanes, first);
+      if (r < count)
+        nf4_backward_tile<V, 2, 2, kStride, kChunk>(u + r * kStride, v, v_group, terms, c + r * kLanes, first);
     }
   }
 };
@@ -331,10 +345,14 @@ struct BackwardF32Any : BackwardF32<V, 4> {
 };
 
 template <typename P>
-constexpr Nf4BackwardVariant nf4_backward_variant() {
-  return {
-      nf4_backward_pack<P>,  nf4_backward_columns<P>, P::kChunk, P::kStride, std::int64_t(sizeof(typename P::Element)),
-      P::kPair == 2 ? 32 : 1};
+constexpr Nf4BackwardVariant nf4_backward_variant(std::int64_t tokens) {
+  return {nf4_backward_pack<P>,
+          nf4_backward_columns<P>,
+          P::kChunk,
+          P::kStride,
+          std::int64_t(sizeof(typename P::Element)),
+          P::kPair == 2 ? 32 : 1,
+          tokens};
 }
 
 }  // namespace

@@ -139,7 +139,6 @@ const Nf4PanelVariant* panel_variant() {
   return nullptr;
 }
 
-constexpr std::int64_t kPanelTokens = 512;     // at a time: their sums stay in the L2 cache
 constexpr std::int64_t kPanelBytes = 4 << 20;  // of packed x at a time, and little more
 constexpr std::int64_t kPanelGrain = 1 << 20;  // products, below which a second thread costs more than it brings
 
@@ -154,7 +153,7 @@ void nf4_panel_cpu(const Nf4Matrix& w, const bf16* x, std::int64_t M, const floa
         cpu_isa_name(cpu_isa()));
   const std::int64_t low_rank = nf4_panel_columns(w, low.R).low_rank, columns = nf4_panel_columns(w, low.R).end;
   const std::int64_t by_size = kPanelBytes / 2 / std::max<std::int64_t>(columns, 1) / 32 * 32;
-  const std::int64_t step = std::min(M, std::min(kPanelTokens, std::max<std::int64_t>(by_size, 64)));
+  const std::int64_t step = std::min(M, std::min(way->tokens, std::max<std::int64_t>(by_size, 64)));
   if (step == 0 || w.N == 0) return;
   const std::unique_ptr<char[]> space(new char[std::size_t((step + 15) / 16 * 16 * columns * 2 + 64)]);
   bf16* const v = reinterpret_cast<bf16*>(space.get() + (64 - reinterpret_cast<std::uintptr_t>(space.get()) % 64) % 64);

@@ -92,6 +92,7 @@ struct Nf4PanelArgs {
 struct Nf4PanelVariant {
   void (*pack)(const Nf4PanelArgs& args, std::int64_t group);                    // tokens [16·group, …)
   void (*rows)(const Nf4PanelArgs& args, std::int64_t begin, std::int64_t end);  // rows of W
+  std::int64_t tokens;  // at a time: their sums, and what is multiplied with them, stay in the L2 cache
 };
 #if defined(__x86_64__)
 extern const Nf4PanelVariant nf4_panel_avx512, nf4_panel_amx;
@@ -117,6 +118,7 @@ struct Nf4BackwardVariant {
   void (*columns)(const Nf4BackwardArgs& args, std::int64_t begin, std::int64_t end);  // of dX, in groups of kNf4Group
   std::int64_t chunk, stride, size;                                                    // of u; bytes of a value
   std::int64_t pad;
+  std::int64_t tokens;  // at a time
 };
 constexpr std::int64_t kNf4AmxTokens = 12;  // from which on AMX, whose tile has 16, gains on AVX-512: a cycle model's
 inline std::int64_t nf4_backward_tokens(std::int64_t M) { return (M + 31) / 32 * 32; }  // as many as a product may read

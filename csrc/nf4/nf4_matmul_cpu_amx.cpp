@@ -86,13 +86,13 @@ struct PanelAmx {
 }  // namespace
 
 #if !defined(PYFASTPEFT_AMX_TWIN)
-const Nf4PanelVariant nf4_panel_amx = {nf4_panel_pack, nf4_panel_rows<PanelAmx>};
-const Nf4BackwardVariant nf4_backward_bf16_amx = nf4_backward_variant<BackwardBf16<PanelAmx>>();
+const Nf4PanelVariant nf4_panel_amx = {nf4_panel_pack, nf4_panel_rows<PanelAmx>, 512};
+const Nf4BackwardVariant nf4_backward_bf16_amx = nf4_backward_variant<BackwardBf16<PanelAmx>>(512);
 #else
 extern const Nf4PanelVariant nf4_panel_amx_twin;
 extern const Nf4BackwardVariant nf4_backward_bf16_amx_twin;
-const Nf4PanelVariant nf4_panel_amx_twin = {nf4_panel_pack, nf4_panel_rows<PanelAmx>};
-const Nf4BackwardVariant nf4_backward_bf16_amx_twin = nf4_backward_variant<BackwardBf16<PanelAmx>>();
+const Nf4PanelVariant nf4_panel_amx_twin = {nf4_panel_pack, nf4_panel_rows<PanelAmx>, 512};
+const Nf4BackwardVariant nf4_backward_bf16_amx_twin = nf4_backward_variant<BackwardBf16<PanelAmx>>(512);
 #endif
 
 }  // namespace pyfastpeft

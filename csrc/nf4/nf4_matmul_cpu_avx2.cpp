@@ -70,7 +70,7 @@ void pack_f32(const void* x, DType dtype, std::int64_t K, std::int64_t stride, s
 
 }  // namespace
 
-const Nf4BackwardVariant nf4_backward_f32_avx2 = nf4_backward_variant<BackwardF32Decoded<F32Avx2, 6>>();
+const Nf4BackwardVariant nf4_backward_f32_avx2 = nf4_backward_variant<BackwardF32Decoded<F32Avx2, 6>>(256);
 const Nf4MatvecVariant nf4_matvec_any_avx2 = {nf4_pack_any<VecAvx2>, nf4_matvec_rows<VecAvx2>, kNf4MatvecPad, 4};
 const Nf4MatvecVariant nf4_matvec_f32_avx2 = {pack_f32, nf4_dots_rows<F32Avx2>, F32Avx2::columns, 4};
 

@@ -45,23 +45,38 @@ from pyfastpeft.ops.nf4 import check_flat
 from pyfastpeft.quantized_tensor import QuantizedTensor, flat_schema
 
 # Up to this many rows of x the packed bytes are read directly; by instruction set, as csrc/common/cpu_isa.h names them.
-# Measured on Zen 4 at 4096 x 4096, one thread of a shared machine, milliseconds direct / tiles: avx512 bf16, direct /
-# panels, 33 rows 7.1 / 8.1, 40 rows 8.4 / 8.1; avx512 fp32 128 rows 52.6 / 54.8, 192 rows 79.9 / 78.4 (fp16 alike); avx2 fp32
-# 64 rows 31.3 / 34.0, 96 rows 47.8 / 44.0; avx2 bf16 64 rows 31.3 / 32.4, 96 rows 47.3 / 44.2. The scalar kernel loses to
+# Measured on Zen 4 at 4096 x 4096, one thread of a shared machine, milliseconds direct / panels: avx512 bf16 12 rows 2.6 / 3.2,
+# 16 rows 3.5 / 3.3, 32 rows 7.1 / 5.8. Direct / tiles: avx512 fp32 128 rows 52.6 / 54.8, 192 rows 79.9 / 78.4 (fp16 alike); avx2
+# fp32 64 rows 31.3 / 34.0, 96 rows 47.8 / 44.0; avx2 bf16 64 rows 31.3 / 32.4, 96 rows 47.3 / 44.2. The scalar kernel loses to
 # torch's vectors from the start, but holds no tile: it serves the fewest rows.
 _FEW_ROWS = {
     "scalar": {torch.float32: 8, torch.float16: 8, torch.bfloat16: 8},
     "avx2": {torch.float32: 64, torch.float16: 64, torch.bfloat16: 64},
-    "avx512": {torch.float32: 128, torch.float16: 128, torch.bfloat16: 36},
+    "avx512": {torch.float32: 128, torch.float16: 128, torch.bfloat16: 14},
 }
 # with AMX tokens cost a twentieth and decoding W stays: the cost model in csrc/nf4/nf4_matmul_cpu_amx.cpp puts the crossing
 # between 8 and 16 tokens
 _FEW_ROWS["amx"] = _FEW_ROWS["avx512"] | {torch.bfloat16: 12}
+# Panels take 16 rows at a time, filled or not (2.5 ms, by AMX 0.3): up to this many that are left over are read directly
+# instead (0.22 ms each).
+_LEFT_OVER_ROWS = {"avx512": 10, "amx": 0}
 
 
 def matvec_rows(dtype: torch.dtype) -> int:
     """The most rows of x for which the packed bytes are read directly: nf4_matvec_cpu."""
     return _FEW_ROWS[_C.cpu_isa()][dtype]
+
+
+def _fused_parts(M: int, dtype: torch.dtype) -> list:
+    """(kernel, begin, end) of the rows of x that each fused product takes; none where tiles are better."""
+    if matvec_rows(dtype) >= M:
+        return [(_C.nf4_matvec_cpu, 0, M)]
+    if dtype != torch.bfloat16 or not _C.nf4_panel_available():
+        return []
+    whole = M - M % 16
+    if 0 < M - whole <= _LEFT_OVER_ROWS[_C.cpu_isa()]:
+        return [(_C.nf4_panel_cpu, 0, whole), (_C.nf4_matvec_cpu, whole, M)]
+    return [(_C.nf4_panel_cpu, 0, M)]
 
 
 # Of 2, 4, 8, 16 and 32 MiB, 8 was best from 16 to 2048 tokens: below, each product reads x again and threads meet more
@@ -195,13 +210,11 @@ def _forward_cpu(
     mask = draw_mask(*rows.shape, dropout_p, seed)
     s = None if lora_a is None else shrink(rows, lora_a, scaling, dropout_p, mask)
     if y.numel():
-        kernel = None
-        if rows.shape[0] <= matvec_rows(x.dtype):
-            kernel = _C.nf4_matvec_cpu
-        elif x.dtype == torch.bfloat16 and _C.nf4_panel_available():
-            kernel = _C.nf4_panel_cpu
-        if kernel is not None:
-            _fused(kernel, w, rows, bias, s, lora_b, y)
+        parts = _fused_parts(rows.shape[0], x.dtype)
+        if parts:
+            for kernel, begin, end in parts:
+                part = slice(begin, end)
+                _fused(kernel, w, rows[part], bias, None if s is None else s[part], lora_b, y[part])
         else:
             _matmul(w, rows, bias, y)
             if s is not None:

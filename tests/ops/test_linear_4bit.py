@@ -188,7 +188,8 @@ def test_panels(K, blocksize, quant_type, isa):
     finally:
         torch.set_num_threads(former)
     assert all(torch.equal(results[0], other) for other in results[1:])
-    assert torch.equal(pf.ops.linear_4bit(x[512:], q, *rest), results[0][512:])
+    # the low-rank S has its own kernels by the number of rows (csrc/lora/lora_cpu.cpp): without it
+    assert torch.equal(pf.ops.linear_4bit(x[512:], q, rest[0]), pf.ops.linear_4bit(x, q, rest[0])[512:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -120,7 +120,8 @@ def test_backward_against_fp64(twin, case, kind):
             exact, limit = exact + ds.double() @ a.double(), limit + ds.abs() @ a.abs()
             torchs = torchs + ds.bfloat16() @ a.bfloat16()
         got = _backward(twin, grad, q, ds, a)
-        assert ((got.double() - exact).abs() <= 2**-7 * limit + 1e-30).all()
+        # half an eps of 2^-7 each: dS, A (or W) and the result
+        assert ((got.double() - exact).abs() <= 1.02 * 3 * 2**-8 * limit + 1e-30).all()
         if got.numel() > 500:
             assert (got.double() - exact).norm() <= 2 * (torchs.double() - exact).norm()
         for parts in (2, 3):

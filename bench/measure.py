@@ -29,6 +29,7 @@ PEERS = ("bitsandbytes", "peft", "torchao")
 FORCED = ("PYFASTPEFT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 # shorter calls are repeated within a sample: a clock reading and a thread wake-up must not show
 MIN_SAMPLE_SECONDS = 2e-3
+SLOW, SLOW_ROUNDS = 8, 5  # a candidate more than 8 times as slow as ours is timed after the others, 5 times
 QUICK_ROW_SECONDS = 1.0  # --quick: fewer rounds where a row would take longer, but never fewer than 3
 
 
@@ -99,23 +100,31 @@ def limits() -> dict[str, float]:
 
 
 def measure(candidates: dict[str, Callable[[], object]], rounds: int, quick: bool) -> dict:
-    """Medians, best samples and ratios; the first candidate is ours."""
+    """Medians, best samples and ratios; the first candidate is ours.
+
+    Candidates more than SLOW times as slow as ours do not take turns with the others: they would leave them cold caches and
+    sleeping threads, and their own ratio needs no such care.
+    """
     first = next(iter(candidates))
     timed = {**candidates, f"{first} again": candidates[first]}
-    repeats, cycle = {}, 0.0
+    once = {}
     for name, f in timed.items():
         f()
-        seconds = sample(f)
-        repeats[name] = max(1, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-9)))
-        cycle += seconds * repeats[name]
+        once[name] = sample(f)
+    repeats = {name: max(1, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-9))) for name, seconds in once.items()}
+    slow = [name for name in timed if once[name] > SLOW * min(once[first], once[f"{first} again"])]
+    cycle = sum(once[name] * repeats[name] for name in timed)
     if quick:
         rounds = max(3, min(rounds, int(QUICK_ROW_SECONDS / cycle)))
     samples: dict[str, list[float]] = {name: [] for name in timed}
-    order, shuffle = list(timed), random.Random(0)
+    order, shuffle = [name for name in timed if name not in slow], random.Random(0)
     for _ in range(rounds):
         for name in order:
             samples[name].append(sample(timed[name], repeats[name]))
         shuffle.shuffle(order)  # nobody always follows the same neighbour, and finds the cache as that one left it
+    for name in slow:
+        for _ in range(min(rounds, SLOW_ROUNDS)):
+            samples[name].append(sample(timed[name], repeats[name]))
     medians = {name: statistics.median(values) for name, values in samples.items()}
     ours = medians[first]
     return {

@@ -9,6 +9,7 @@
 #   sanitize   compute-sanitizer memcheck, racecheck, initcheck, synccheck over a small run of every kernel
 #   wrappers   each cp.async / ldmatrix / mma wrapper on silicon against its plain statement
 #   bench      the benchmarks of bench/gpu, peers side by side; JSON and a table
+#   llama      a whole Llama of the 8 B shape, training and decoding; not among the parts by default, as it takes minutes
 #
 # OUT=FOLDER     where logs and JSON go (default: bench/results/gpu)
 # PEERS=FOLDER   wheels of peers that this machine lacks (bitsandbytes, torchao): installed beside, never into, the rest
@@ -86,6 +87,8 @@ bench() {
   return $rc
 }
 
+llama() { PYTHONPATH=$root:$PYTHONPATH "$PYTHON" bench/gpu/llama.py --json "$OUT/llama.json"; }
+
 tests() {
   "$PYTHON" -m pytest -q --maxfail=30 -n "$((jobs > 8 ? 8 : jobs))" -k cuda tests/ops
   local rc=$?
@@ -97,7 +100,7 @@ tests() {
 wrappers() { "$PYTHON" -m pytest -q -rA -k cuda tests/emu/test_wrappers.py; }
 
 export root site PYTHON OUT jobs
-export -f build tests sanitize wrappers bench
+export -f build tests sanitize wrappers bench llama
 peers || failed+=(peers)
 for name in $parts; do
   case $name in
@@ -106,7 +109,8 @@ for name in $parts; do
     sanitize) TAIL=12 part sanitize 240 bash -c sanitize ;;
     wrappers) TAIL=12 part wrappers 60 bash -c wrappers ;;
     bench) TAIL=60 part bench 300 bash -c bench ;;
-    *) echo "gpu.sh: unknown part '$name', expected build, tests, sanitize, wrappers or bench" >&2; exit 2 ;;
+    llama) TAIL=40 part llama 540 bash -c llama ;;
+    *) echo "gpu.sh: unknown part '$name', expected build, tests, sanitize, wrappers, bench or llama" >&2; exit 2 ;;
   esac
 done
 [ ${#failed[@]} = 0 ] && echo "gpu.sh: all of '$parts' passed" || { echo "gpu.sh: failed: ${failed[*]}"; exit 1; }

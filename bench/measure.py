@@ -25,7 +25,7 @@ from pyfastpeft._native import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("bitsandbytes", "peft", "torchao")
-# what holds ours, torch and oneDNN down to an instruction set
+# what may hold ours, torch or oneDNN down to an instruction set
 FORCED = ("PYFASTPEFT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 # shorter calls are repeated within a sample: a clock reading and a thread wake-up must not show
 MIN_SAMPLE_SECONDS = 2e-3

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,3 +226,12 @@ def test_the_table_of_targets_marks_what_was_met():
     assert targets_table.cells({"rows": [row]}, (*aim[:3], [], 0.6)) == "10% of copy, 60% of matmul, A/A 1.0%"
     with_share = targets_table.cells({"rows": [{**row, "of_copy": 0.7}]}, (*aim[:3], [], 0.6))
     assert with_share.startswith("**70% of copy**")
+
+
+def test_every_target_has_a_row_in_the_committed_results():
+    document = json.loads(
+        (Path(__file__).resolve().parents[2] / "bench" / "results" / "zen4.json").read_text(encoding="utf-8")
+    )
+    rows = {(row["section"], row["row"]) for row in document["rows"]}
+    missing = [aim[0] for aim in targets_table.AIMS if (aim[1], aim[2]) not in rows]
+    assert not missing

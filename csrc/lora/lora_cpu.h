@@ -53,7 +53,7 @@ LoraShrinkRows lora_shrink_rows_avx2, lora_shrink_rows_avx512;
 LoraExpandRows lora_expand_rows_avx2, lora_expand_rows_avx512;
 LoraAccumulateColumns lora_accumulate_columns_avx2, lora_accumulate_columns_avx512;
 
-// bf16 x multiplied as it is (lora_bf16_cpu_avx512.cpp), with an fp32 factor in two bf16 parts.
+// bf16 x multiplied as it is (lora_cpu_bf16_avx512.cpp), with an fp32 factor in two bf16 parts.
 LoraShrinkRows lora_shrink_rows_bf16_avx512;
 LoraAccumulateColumns lora_accumulate_columns_bf16_avx512;
 constexpr std::int64_t kLoraBf16Rows = 12;       // rows of x in a group of the shrink
